@@ -1,0 +1,40 @@
+"""The compressed form of one layer of a network: what the method hands to the artifact and to the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsim.layer import Layer, LayerShape, QuantizedWeights
+
+__all__ = ["CompressedLayer"]
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedLayer:
+    """Block types and integers of one Linear or convolution module.
+
+    Attributes
+    ----------
+    name : str
+        The module's name in the network (``"features.0"``).
+    block : tuple of int
+        ``(g_o, g_k)``.
+    column_order : {"tap_major", "channel_major"}
+    types : uint8 array ``[groups, Mb, Kb]``
+    weights : QuantizedWeights
+        Effective weight = integer × ``step_size`` in float32.
+    """
+
+    name: str
+    block: tuple[int, int]
+    column_order: Literal["tap_major", "channel_major"]
+    types: NDArray[np.uint8]
+    weights: QuantizedWeights
+
+    def on_hardware(self, shape: LayerShape) -> Layer:
+        """The layer as the simulator takes it, with the geometry that a forward pass showed."""
+        return Layer(shape, self.block, self.types, self.weights, self.column_order)

@@ -1,0 +1,374 @@
+"""The description of an accelerator: what a machine file says, validated and frozen.
+
+Units stand in the field names. Whatever the cycle model needs as integers is derived in `hwsim.lowering`, the only place
+that converts units. Every problem of a file is reported at once, with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hwsim.errors import InputError, Problem, nearest_name
+
+__all__ = [
+    "ActivationBuffer",
+    "Array",
+    "Dram",
+    "Features",
+    "FrontEnd",
+    "Machine",
+    "OperandStore",
+    "Output",
+    "Precision",
+    "TechnologyChoice",
+    "WeightMemories",
+    "load_machine",
+    "preset_names",
+    "validation_problems",
+]
+
+Count = Annotated[int, Field(strict=True, ge=1, le=65536)]
+Size = Annotated[float, Field(gt=0, le=2**20)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class _Part(BaseModel):
+    """A part of the description: immutable, and a field that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Array(_Part):
+    """The array of processing elements (PEs) and the lanes of one PE.
+
+    Attributes
+    ----------
+    rows, columns : int
+        PEs per column and per row of the array; a row works on one block row, a column on one output column.
+    block : tuple of int
+        ``(g_o, g_k)``, the native block: output channels × reduction positions.
+    multipliers : int
+        Multipliers of one PE.
+    sign_adders : int
+        Sign-controlled adders of one PE.
+    """
+
+    rows: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    columns: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    block: tuple[
+        Annotated[int, Field(strict=True, ge=1, le=256)], Annotated[int, Field(strict=True, ge=1, le=256)]
+    ]
+    multipliers: Count
+    sign_adders: Count
+
+
+class FrontEnd(_Part):
+    """The skip front end of a row: type codes looked at per cycle and entries of its queue."""
+
+    skip_window: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    queue_depth: Annotated[int, Field(strict=True, ge=1, le=4096)]
+
+
+class ActivationBuffer(_Part):
+    """The buffer of raw input rows, double buffered; ``size_kib`` is the whole of it."""
+
+    size_kib: Size
+
+
+class OperandStore(_Part):
+    """The words of the current column tile in ``banks`` banks; ``size_kib`` covers both halves."""
+
+    banks: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    size_kib: Size
+    fill_words_per_cycle: Count
+
+
+class WeightMemories(_Part):
+    """Ports in bits per row and cycle; sizes are totals over all rows."""
+
+    dense_port_bits: Count
+    sign_port_bits: Count
+    type_kib: Size
+    sign_kib: Size
+    magnitude_kib: Size
+    dense_kib: Size
+
+
+class Output(_Part):
+    """The drain port and the output buffer (double buffered; ``size_kib`` is the whole of it)."""
+
+    words_per_cycle: Count
+    size_kib: Size
+
+
+class Precision(_Part):
+    """Widths of the number formats in bits. Weights and activations are two's complement, magnitudes unsigned."""
+
+    weight_bits: Annotated[int, Field(strict=True, ge=2, le=16)]
+    magnitude_bits: Annotated[int, Field(strict=True, ge=1, le=16)]
+    activation_bits: Annotated[int, Field(strict=True, ge=2, le=16)]
+    accumulator_bits: Annotated[int, Field(strict=True, ge=8, le=62)]
+
+
+class Dram(_Part):
+    """One channel: bandwidth (1 GB = 10⁹ bytes), bytes of a burst, energy per transferred bit."""
+
+    gb_per_s: Rate
+    burst_bytes: Annotated[int, Field(strict=True, ge=1, le=65536)]
+    pj_per_bit: Annotated[float, Field(ge=0, le=1e4)]
+
+
+class Features(_Part):
+    """What the machine exploits. With both switches off it is a dense machine and keeps no type codes."""
+
+    skip_pruned: bool = True
+    unified_path: bool = True
+    row_balance: Literal["none", "sorted"] = "none"
+
+
+class TechnologyChoice(_Part):
+    """The table of energies and areas: a name that ships with hwsim, or the path of a TOML file."""
+
+    table: str = "45nm-horowitz"
+
+
+class Machine(_Part):
+    """A validated accelerator. Build one with `load_machine`, or change one with `Machine.with_fields`.
+
+    Examples
+    --------
+    >>> machine = load_machine("msa-16x16")
+    >>> machine.array.rows, machine.array.block
+    (16, (4, 4))
+    >>> machine.with_fields({"array.rows": 32}).array.rows
+    32
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    clock_mhz: Rate
+    array: Array
+    front_end: FrontEnd
+    activation_buffer: ActivationBuffer
+    operand_store: OperandStore
+    weights: WeightMemories
+    output: Output
+    precision: Precision
+    dram: Dram
+    features: Features = Features()
+    technology: TechnologyChoice = TechnologyChoice()
+
+    @field_validator("clock_mhz", "dram", mode="after")
+    @classmethod
+    def _rate_is_a_short_decimal(cls, value: Any) -> Any:
+        rate = value.gb_per_s if isinstance(value, Dram) else value
+        if Fraction(str(rate)).denominator > 10**6:
+            raise ValueError(f"{rate} has more than six decimals; exact cycle counts need a short decimal")
+        return value
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Machine:
+        problems = list(_cross_field_problems(self))
+        if problems:
+            raise InputError(f"machine {self.name}", problems)
+        return self
+
+    @property
+    def word_bits(self) -> int:
+        """Bits of one operand-store word: ``g_k × columns`` activations."""
+        return self.array.block[1] * self.array.columns * self.precision.activation_bits
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether both features are off: every block runs as DENSE and there is no type stream."""
+        return not (self.features.skip_pruned or self.features.unified_path)
+
+    def with_fields(self, changes: dict[str, Any]) -> Machine:
+        """A copy with some fields changed; names are dotted (``"array.rows"``).
+
+        Raises
+        ------
+        InputError
+            A name is unknown (with the nearest one), or the result is not a valid machine.
+        """
+        data = self.model_dump(mode="json")
+        problems = []
+        for dotted, value in changes.items():
+            part: Any = data
+            *parents, leaf = dotted.split(".")
+            for parent in parents:
+                part = part.get(parent) if isinstance(part, dict) else None
+            if not isinstance(part, dict) or leaf not in part or isinstance(part[leaf], dict):
+                problems.append(Problem(dotted, "no such field", nearest_name(dotted, self.field_names())))
+                continue
+            part[leaf] = value
+        if problems:
+            raise InputError(f"machine {self.name}", problems)
+        return parse_machine(data, f"machine {self.name}")
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Every field that `with_fields` accepts, dotted."""
+        names = []
+        for name, info in cls.model_fields.items():
+            part = info.annotation
+            if isinstance(part, type) and issubclass(part, _Part):
+                names += [f"{name}.{field}" for field in part.model_fields]
+            else:
+                names.append(name)
+        return names
+
+    def to_json(self) -> str:
+        """The resolved description as canonical JSON (sorted keys): stored with results and hashed."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{name}</td><td>{_lookup(self, name)}</td></tr>" for name in self.field_names()
+        )
+        return f"<table><caption>machine {self.name}</caption>{rows}</table>"
+
+
+def _lookup(machine: Machine, dotted: str) -> Any:
+    value: Any = machine
+    for part in dotted.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _cross_field_problems(machine: Machine) -> list[Problem]:
+    """What single fields cannot show: memories that hold less than one word or block."""
+    problems = []
+    for field in ("activation_buffer", "operand_store", "output"):
+        size_kib = getattr(machine, field).size_kib
+        if size_kib * 1024 != int(size_kib * 1024):
+            problems.append(Problem(f"{field}.size_kib", f"{size_kib} KiB is not a whole number of bytes"))
+    half_bits = int(machine.operand_store.size_kib * 1024) * 8 // 2
+    if half_bits < machine.word_bits:
+        problems.append(
+            Problem(
+                "operand_store.size_kib",
+                f"half of {machine.operand_store.size_kib} KiB is {half_bits} bits, but one word "
+                f"(block[1] × columns × activation_bits) has {machine.word_bits} bits: no pass can be fed",
+                f"at least {machine.word_bits * 2 / 8192:g} KiB",
+            )
+        )
+    g_o, g_k = machine.array.block
+    demand_bits = {"dense_kib": g_o * g_k * machine.precision.weight_bits}
+    if machine.features.unified_path:
+        demand_bits |= {"sign_kib": g_o * g_k, "magnitude_kib": machine.precision.magnitude_bits}
+    if not machine.is_dense:
+        demand_bits |= {"type_kib": 2}
+    for field, bits in demand_bits.items():
+        size_kib = getattr(machine.weights, field)
+        share_bytes = int(size_kib * 1024) // machine.array.rows
+        if share_bytes * 8 < bits:
+            problems.append(
+                Problem(
+                    f"weights.{field}",
+                    f"{size_kib} KiB over {machine.array.rows} rows leaves {share_bytes} bytes a row, "
+                    f"less than one block of {bits} bits: the row cannot be fed",
+                    f"at least {-(-bits // 8) * machine.array.rows / 1024:g} KiB, or a smaller block",
+                )
+            )
+    return problems
+
+
+def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
+    """Every problem of a pydantic error in the words of this project, with the nearest name for unknown fields."""
+    problems = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        dotted = ".".join(location)
+        inner = (item.get("ctx") or {}).get("error")
+        if isinstance(inner, InputError):
+            problems += inner.problems
+        elif item["type"] == "extra_forbidden":
+            allowed = _fields_at(model, location[:-1])
+            problems.append(Problem(dotted, "unknown field", nearest_name(location[-1], allowed)))
+        elif item["type"] == "missing":
+            problems.append(Problem(dotted, "missing", "required"))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            value = item.get("input")
+            found = "" if isinstance(value, dict | BaseModel) else f"found {value!r}"
+            problems.append(Problem(dotted, message, found))
+    return problems
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    current: type[BaseModel] = model
+    for name in location:
+        info = current.model_fields.get(name)
+        annotation = info.annotation if info is not None else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        current = annotation
+    return list(current.model_fields)
+
+
+def parse_machine(data: dict[str, Any], source: str) -> Machine:
+    """A machine from the content of a machine file.
+
+    Parameters
+    ----------
+    data : dict
+        What the TOML file holds.
+    source : str
+        Named in messages.
+
+    Raises
+    ------
+    InputError
+        With every problem found.
+    """
+    try:
+        return Machine.model_validate(data)
+    except ValidationError as error:
+        raise InputError(source, validation_problems(error, Machine)) from None
+    except InputError as error:
+        raise InputError(source, error.problems) from None
+
+
+def preset_names() -> list[str]:
+    """The machines that ship with hwsim."""
+    files = resources.files("hwsim").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def load_machine(name_or_path: str | Path) -> Machine:
+    """A preset by its name, or a machine file by its path.
+
+    Raises
+    ------
+    InputError
+        No such preset or file, not TOML, or not a valid machine.
+    """
+    text = str(name_or_path)
+    if text in preset_names():
+        content = resources.files("hwsim").joinpath("presets", f"{text}.toml").read_text("utf-8")
+        source = f"preset {text}"
+    else:
+        content, source = _read_text(Path(text)), text
+    try:
+        data = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(source, f"not valid TOML: {error}") from None
+    return parse_machine(data, source)
+
+
+def _read_text(path: Path) -> str:
+    if not path.exists():
+        hint = nearest_name(path.name.removesuffix(".toml"), preset_names())
+        raise InputError(str(path), Problem("", "no such machine file and no such preset", hint))
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"cannot be read: {error}") from None
