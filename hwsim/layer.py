@@ -71,7 +71,9 @@ class LayerShape:
         if self.kind == "conv":
             for field in ("input_size", "stride", "padding", "dilation"):
                 if len(getattr(self, field)) != rank:
-                    problems.append(Problem(field, f"has {len(getattr(self, field))} entries, the kernel has {rank}"))
+                    problems.append(
+                        Problem(field, f"has {len(getattr(self, field))} entries, the kernel has {rank}")
+                    )
             if rank < 1:
                 problems.append(Problem("kernel", "a convolution needs at least one spatial dimension"))
         elif rank or self.groups != 1:
@@ -80,7 +82,9 @@ class LayerShape:
             if any(size < 1 for size in getattr(self, field)):
                 problems.append(Problem(field, f"{getattr(self, field)}, every entry must be at least 1"))
         if not problems and (self.in_channels % self.groups or self.out_channels % self.groups):
-            problems.append(Problem("groups", f"{self.groups} does not divide {self.in_channels} and {self.out_channels}"))
+            problems.append(
+                Problem("groups", f"{self.groups} does not divide {self.in_channels} and {self.out_channels}")
+            )
         if not problems and any(size < 1 for size in self.output_size):
             problems.append(Problem("input_size", f"{self.input_size} is smaller than the kernel reaches"))
         if problems:
@@ -202,7 +206,9 @@ class Layer:
         expected = (self.shape.groups, *self.shape.blocks(self.block))
         if not isinstance(self.types, np.ndarray) or self.types.shape != expected:
             found = getattr(self.types, "shape", type(self.types).__name__)
-            raise InputError(source, Problem("types", f"shape {found}, expected {expected} for blocks {self.block}"))
+            raise InputError(
+                source, Problem("types", f"shape {found}, expected {expected} for blocks {self.block}")
+            )
         check_types(self.types, source)
 
     @property
@@ -251,7 +257,9 @@ class Layer:
             The layer has no weights.
         """
         if self.weights is None:
-            raise InputError(f"layer {self.name}", Problem("weights", "only block types are at hand, no weights"))
+            raise InputError(
+                f"layer {self.name}", Problem("weights", "only block types are at hand, no weights")
+            )
         g_o, g_k = self.block
         m, k = self.shape.m, self.shape.k
 
@@ -274,9 +282,13 @@ def check_types(types: NDArray, source: str) -> None:
         Not uint8, empty, or with a code above 2.
     """
     if types.dtype != np.uint8:
-        raise InputError(source, Problem("types", f"dtype {types.dtype}, must be uint8", "types.astype(np.uint8)"))
+        raise InputError(
+            source, Problem("types", f"dtype {types.dtype}, must be uint8", "types.astype(np.uint8)")
+        )
     if types.size == 0:
-        raise InputError(source, Problem("types", f"empty array of shape {types.shape}; at least one block is needed"))
+        raise InputError(
+            source, Problem("types", f"empty array of shape {types.shape}; at least one block is needed")
+        )
     highest = int(types.max())
     if highest > DENSE:
         where = tuple(int(i) for i in np.argwhere(types > DENSE)[0])

@@ -1,0 +1,336 @@
+"""The area of a machine by component, its geometry, and the dense machine of the same area.
+
+What a component consists of stands in the comments of `_logic`; the areas per adder, multiplier, register, gate and
+memory macro come from a `hwsim.technology.Technology`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from hwsim.errors import InputError
+from hwsim.machine import Machine
+from hwsim.technology import MemoryMacro, Technology
+
+__all__ = [
+    "AREA_COMPONENTS",
+    "ArrayGeometry",
+    "Datapath",
+    "Memory",
+    "array_geometry",
+    "datapath",
+    "dense_at_equal_area",
+    "leakage_mw",
+    "log2_ceil",
+    "logic_area_mm2",
+    "machine_area",
+    "memories",
+    "memory_macros",
+    "register_bits",
+]
+
+AREA_COMPONENTS = (
+    "multipliers",
+    "sign_adders",
+    "dense_adder_tree",
+    "accumulators",
+    "operand_registers",
+    "weight_broadcast",
+    "front_end",
+    "arbiter",
+    "multicast",
+    "expander",
+    "requantizer",
+    "control",
+    "operand_store",
+    "type_memory",
+    "sign_memory",
+    "magnitude_memory",
+    "dense_memory",
+    "activation_buffer",
+    "output_buffer",
+)
+"""Components of `machine_area`, in the order in which they are reported."""
+
+TYPE_BITS = 2  # a type code at its widest (microarchitecture, section 5)
+COLUMN_INDEX_BITS = 16  # assumption: an index of a block column in the queues and the arbiter
+SCALE_BITS = 16  # the requantiser's scale (microarchitecture, section 5)
+OPERAND_SETS = 2  # the operand that was fetched, and the one that the PE works on
+ACCUMULATOR_SETS = 2  # the pass that computes, and the one that drains
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory macros of one kind: how many, and the capacity and port width of each, in bits."""
+
+    macros: int
+    capacity_bits: float
+    port_bits: int
+
+
+@dataclass(frozen=True)
+class Datapath:
+    """The widths of a PE's datapath in bits, and how its lanes are grouped.
+
+    Attributes
+    ----------
+    sum_bits : int
+        ``Σ ±x`` over a block row: ``activation_bits + ceil(log2 g_k) + 1``.
+    product_bits : int
+        A dense product, and the sum of those that the adder tree takes together.
+    tree_inputs : int
+        Products of one output that the adder tree takes together: ``min(g_k, multipliers)``.
+    dense_updates : int
+        Accumulator updates of one dense block in one column.
+    dense_tree_adds : int
+        Additions in the adder tree for one dense block in one column; with the updates ``g_o · g_k`` in all.
+    """
+
+    sum_bits: int
+    product_bits: int
+    tree_inputs: int
+    dense_updates: int
+    dense_tree_adds: int
+
+
+@dataclass(frozen=True)
+class ArrayGeometry:
+    """Height and width of the PE array in mm: rows × columns of square tiles, one PE and its share of the multicast."""
+
+    height_mm: float
+    width_mm: float
+
+
+@dataclass(frozen=True)
+class _Logic:
+    """Cells of a component: area of all of them in µm² (registers included), and how many bits are registers."""
+
+    cell_um2: float
+    register_bits: int = 0
+
+
+def log2_ceil(count: int) -> int:
+    """``ceil(log2 count)`` of a positive integer, exactly.
+
+    >>> [log2_ceil(count) for count in (1, 2, 3, 4, 5)]
+    [0, 1, 2, 2, 3]
+    """
+    return (count - 1).bit_length()
+
+
+def datapath(machine: Machine) -> Datapath:
+    """The widths of a PE's datapath."""
+    (g_o, g_k), precision = machine.array.block, machine.precision
+    tree_inputs = min(g_k, machine.array.multipliers)
+    updates = g_o * -(-g_k // tree_inputs)
+    return Datapath(
+        sum_bits=precision.activation_bits + log2_ceil(g_k) + 1,
+        product_bits=precision.weight_bits + precision.activation_bits + log2_ceil(tree_inputs),
+        tree_inputs=tree_inputs,
+        dense_updates=updates,
+        dense_tree_adds=g_o * g_k - updates,
+    )
+
+
+def memories(machine: Machine) -> dict[str, Memory]:
+    """The on-chip memories of a machine by component; those that its features do not need are left out.
+
+    Weight memories are one macro per row and stream. The operand store is ``banks`` × two halves. The activation buffer
+    has a bank per column, the output buffer is one memory of the drain's width.
+    """
+    array, precision, weights = machine.array, machine.precision, machine.weights
+    g_o, g_k = array.block
+
+    def per_row(size_kib: float, port_bits: int) -> Memory:
+        return Memory(array.rows, int(size_kib * 1024) // array.rows * 8, port_bits)
+
+    store, buffer, output = machine.operand_store, machine.activation_buffer, machine.output
+    fill_bits = g_k * precision.activation_bits * store.fill_words_per_cycle
+    result = {
+        "operand_store": Memory(
+            2 * store.banks, store.size_kib * 8192 / (2 * store.banks), machine.word_bits
+        ),
+        "dense_memory": per_row(weights.dense_kib, weights.dense_port_bits),
+        "activation_buffer": Memory(array.columns, buffer.size_kib * 8192 / array.columns, fill_bits),
+        "output_buffer": Memory(
+            1, output.size_kib * 8192, output.words_per_cycle * precision.activation_bits
+        ),
+    }
+    if not machine.is_dense:
+        result["type_memory"] = per_row(weights.type_kib, TYPE_BITS * machine.front_end.skip_window)
+    if machine.features.unified_path:
+        result["sign_memory"] = per_row(weights.sign_kib, min(g_o * g_k, weights.sign_port_bits))
+        result["magnitude_memory"] = per_row(
+            weights.magnitude_kib, min(precision.magnitude_bits, weights.sign_port_bits)
+        )
+    return result
+
+
+@lru_cache(maxsize=256)
+def memory_macros(machine: Machine, technology: Technology) -> dict[str, MemoryMacro]:
+    """One macro of each memory of `memories`, as the technology builds it."""
+    return {
+        name: technology.memory(memory.capacity_bits, memory.port_bits)
+        for name, memory in memories(machine).items()
+    }
+
+
+@lru_cache(maxsize=256)
+def _logic(machine: Machine, technology: Technology) -> dict[str, _Logic]:
+    array, precision, front_end = machine.array, machine.precision, machine.front_end
+    g_o, g_k = array.block
+    pes, widths, word_bits = array.rows * array.columns, datapath(machine), machine.word_bits
+    adder, gate = technology.adder_um2, technology.gate_um2
+
+    def logic(cell_um2: float, register_bits: int = 0) -> _Logic:
+        return _Logic(cell_um2 + register_bits * technology.register_um2, register_bits)
+
+    # A multiplier is as wide as the wider of its two uses; tree_groups outputs are summed side by side.
+    weight_bits, operand_bits = precision.weight_bits, precision.activation_bits
+    tree_groups = -(-array.multipliers // widths.tree_inputs)
+    accumulator_adders = min(g_o, tree_groups)
+    if machine.features.unified_path:
+        weight_bits = max(weight_bits, precision.magnitude_bits)
+        operand_bits = max(operand_bits, widths.sum_bits)
+        accumulator_adders = min(g_o, array.multipliers)
+    accumulator_bits = pes * ACCUMULATOR_SETS * g_o * precision.accumulator_bits
+    requantizer_um2 = (
+        technology.multiplier_um2(precision.accumulator_bits, SCALE_BITS)
+        + 2 * adder(precision.accumulator_bits)  # bias, rounding
+        + technology.shifter_um2(precision.accumulator_bits)
+    )
+    output_register_bits = precision.accumulator_bits + precision.activation_bits
+    filled_bits = word_bits * machine.operand_store.fill_words_per_cycle
+    result = {
+        "multipliers": logic(pes * array.multipliers * technology.multiplier_um2(weight_bits, operand_bits)),
+        "dense_adder_tree": logic(pes * max(array.multipliers - tree_groups, 0) * adder(widths.product_bits)),
+        "accumulators": logic(pes * accumulator_adders * adder(precision.accumulator_bits), accumulator_bits),
+        "operand_registers": logic(0.0, pes * OPERAND_SETS * g_k * precision.activation_bits),
+        # the block that a row works on, held once per row and driven along it
+        "weight_broadcast": logic(0.0, array.rows * g_o * g_k * precision.weight_bits),
+        # a multiplexer of A inputs per bit and row; its wires run above the PEs
+        "multicast": logic(machine.operand_store.banks * array.rows * word_bits * gate),
+        # an aligned word, shifted by up to C positions
+        "expander": logic(filled_bits * log2_ceil(array.columns) * gate, filled_bits),
+        "requantizer": logic(
+            machine.output.words_per_cycle * requantizer_um2,
+            machine.output.words_per_cycle * output_register_bits,
+        ),
+        "control": logic(
+            (array.rows * technology.control_gates_per_row.value + technology.control_gates.value) * gate
+        ),
+    }
+    if not machine.is_dense:
+        window, depth = front_end.skip_window, front_end.queue_depth
+        entry_bits = COLUMN_INDEX_BITS + TYPE_BITS
+        # two windows of codes (one refilled), aligned and searched for the first that is not PRUNED; queue; scan counter
+        gates = window * (TYPE_BITS * log2_ceil(window) + 1 + log2_ceil(window)) + depth * entry_bits
+        held_bits = 2 * TYPE_BITS * window + depth * entry_bits + COLUMN_INDEX_BITS
+        result["front_end"] = logic(array.rows * gates * gate, array.rows * held_bits)
+        # per bank, the smallest of the block columns that R rows request
+        compare_um2 = adder(COLUMN_INDEX_BITS) + COLUMN_INDEX_BITS * gate
+        result["arbiter"] = logic(machine.operand_store.banks * (array.rows - 1) * compare_um2)
+    if machine.features.unified_path:
+        # an adder of the sum's width and a row of exclusive-or gates that negates the activation
+        lane_um2 = adder(widths.sum_bits) + precision.activation_bits * gate
+        result["sign_adders"] = logic(pes * array.sign_adders * lane_um2)
+    return result
+
+
+def _placed_mm2(cell_um2: float, technology: Technology) -> float:
+    return cell_um2 * 1e-6 / technology.logic_utilization.value
+
+
+def machine_area(machine: Machine, technology: Technology) -> dict[str, float]:
+    """Area in mm² by component (`AREA_COMPONENTS`, 0 for what the features leave out); the sum is the machine's.
+
+    Parameters
+    ----------
+    machine : Machine
+    technology : Technology
+    """
+    area = dict.fromkeys(AREA_COMPONENTS, 0.0)
+    for name, part in _logic(machine, technology).items():
+        area[name] = _placed_mm2(part.cell_um2, technology)
+    macros = memory_macros(machine, technology)
+    for name, memory in memories(machine).items():
+        area[name] = memory.macros * macros[name].area_mm2
+    return area
+
+
+def register_bits(machine: Machine, technology: Technology) -> int:
+    """Register bits of the machine: what the clock has to reach."""
+    return sum(part.register_bits for part in _logic(machine, technology).values())
+
+
+def logic_area_mm2(machine: Machine, technology: Technology) -> float:
+    """Placed area of everything but the memories."""
+    return _placed_mm2(sum(part.cell_um2 for part in _logic(machine, technology).values()), technology)
+
+
+def leakage_mw(machine: Machine, technology: Technology) -> float:
+    """Leakage power of logic and memories in mW; nothing is switched off."""
+    macros = memory_macros(machine, technology)
+    cells_mm2 = sum(part.cell_um2 for part in _logic(machine, technology).values()) * 1e-6
+    memory_mw = sum(memory.macros * macros[name].leakage_mw for name, memory in memories(machine).items())
+    return cells_mm2 * technology.leakage_mw_per_mm2 + memory_mw
+
+
+def array_geometry(machine: Machine, technology: Technology) -> ArrayGeometry:
+    """Height and width of the PE array; its wires are charged by these lengths.
+
+    Source: assumption: square tiles, the weight memories left of the rows, the operand store above the columns.
+    """
+    parts = _logic(machine, technology)
+    in_array = (
+        "multipliers",
+        "sign_adders",
+        "dense_adder_tree",
+        "accumulators",
+        "operand_registers",
+        "multicast",
+    )
+    cells_um2 = sum(parts[name].cell_um2 for name in in_array if name in parts)
+    tiles = machine.array.rows * machine.array.columns
+    pitch_mm = math.sqrt(_placed_mm2(cells_um2, technology) / tiles)
+    return ArrayGeometry(machine.array.rows * pitch_mm, machine.array.columns * pitch_mm)
+
+
+@lru_cache(maxsize=256)
+def dense_at_equal_area(machine: Machine, technology: Technology) -> Machine:
+    """The dense machine that fits the area of ``machine``: features off, rows added one at a time while it fits.
+
+    Features off takes away the sign adders, the front end and its arbiter, and the type, sign and magnitude memories. The
+    rows of a dense machine run in lock step and never ask for two words at a time, so its operand store is one bank: the
+    many banks and the network from them to the rows are part of what skipping costs. A row that is added brings a dense
+    memory of its own, as large as the others'; everything else stays. A machine that is dense already is returned as it
+    is.
+    """
+    if machine.is_dense:
+        return machine
+    budget_mm2 = sum(machine_area(machine, technology).values())
+    row_bytes = int(machine.weights.dense_kib * 1024) // machine.array.rows
+    best = _dense_machine(machine, machine.array.rows, row_bytes)
+    while True:
+        try:
+            larger = _dense_machine(machine, best.array.rows + 1, row_bytes)
+        except InputError:  # the machine description ends here (4096 rows)
+            return best
+        if sum(machine_area(larger, technology).values()) > budget_mm2:
+            return best
+        best = larger
+
+
+def _dense_machine(machine: Machine, rows: int, row_bytes: int) -> Machine:
+    return machine.with_fields(
+        {
+            "name": f"{machine.name[:180]} dense, {rows} rows",
+            "array.rows": rows,
+            "operand_store.banks": 1,
+            "weights.dense_kib": rows * row_bytes / 1024,
+            "features.skip_pruned": False,
+            "features.unified_path": False,
+        }
+    )
