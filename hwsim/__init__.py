@@ -21,7 +21,7 @@ _EXPORTS = {
     "Report": "hwsim.report",
     "load_machine": "hwsim.machine",
     "preset_names": "hwsim.machine",
-    "simulate": "hwsim.simulate",
+    "simulate": "hwsim.simulator",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
 

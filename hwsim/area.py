@@ -1,7 +1,7 @@
 """The area of a machine by component, its geometry, and the dense machine of the same area.
 
-What a component consists of stands in the comments of `_logic`; the areas per adder, multiplier, register, gate and
-memory macro come from a `hwsim.technology.Technology`.
+What a component consists of stands in the comments of `_logic`; the areas per adder, multiplier, register,
+gate and memory macro come from a `hwsim.technology.Technology`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from hwsim.technology import MemoryMacro, Technology
 
 __all__ = [
     "AREA_COMPONENTS",
+    "COLUMN_INDEX_BITS",
+    "OPERAND_SETS",
+    "SCALE_BITS",
+    "TYPE_BITS",
     "ArrayGeometry",
     "Datapath",
     "Memory",
@@ -97,7 +101,7 @@ class Datapath:
 
 @dataclass(frozen=True)
 class ArrayGeometry:
-    """Height and width of the PE array in mm: rows × columns of square tiles, one PE and its share of the multicast."""
+    """Height and width of the PE array in mm; a square tile holds a PE and its part of the multicast."""
 
     height_mm: float
     width_mm: float
@@ -105,7 +109,7 @@ class ArrayGeometry:
 
 @dataclass(frozen=True)
 class _Logic:
-    """Cells of a component: area of all of them in µm² (registers included), and how many bits are registers."""
+    """Cells of a component: area of all of them in µm², registers included, and the register bits."""
 
     cell_um2: float
     register_bits: int = 0
@@ -137,8 +141,8 @@ def datapath(machine: Machine) -> Datapath:
 def memories(machine: Machine) -> dict[str, Memory]:
     """The on-chip memories of a machine by component; those that its features do not need are left out.
 
-    Weight memories are one macro per row and stream. The operand store is ``banks`` × two halves. The activation buffer
-    has a bank per column, the output buffer is one memory of the drain's width.
+    Weight memories are one macro per row and stream. The operand store is ``banks`` × two halves. The
+    activation buffer has a bank per column, the output buffer is one memory of the drain's width.
     """
     array, precision, weights = machine.array, machine.precision, machine.weights
     g_o, g_k = array.block
@@ -225,7 +229,8 @@ def _logic(machine: Machine, technology: Technology) -> dict[str, _Logic]:
     if not machine.is_dense:
         window, depth = front_end.skip_window, front_end.queue_depth
         entry_bits = COLUMN_INDEX_BITS + TYPE_BITS
-        # two windows of codes (one refilled), aligned and searched for the first that is not PRUNED; queue; scan counter
+        # two windows of codes (one refilled), aligned and searched for the first that is not PRUNED; queue;
+        # scan counter
         gates = window * (TYPE_BITS * log2_ceil(window) + 1 + log2_ceil(window)) + depth * entry_bits
         held_bits = 2 * TYPE_BITS * window + depth * entry_bits + COLUMN_INDEX_BITS
         result["front_end"] = logic(array.rows * gates * gate, array.rows * held_bits)
@@ -244,7 +249,7 @@ def _placed_mm2(cell_um2: float, technology: Technology) -> float:
 
 
 def machine_area(machine: Machine, technology: Technology) -> dict[str, float]:
-    """Area in mm² by component (`AREA_COMPONENTS`, 0 for what the features leave out); the sum is the machine's.
+    """Area in mm² by component (`AREA_COMPONENTS`, 0 for what the features leave out).
 
     Parameters
     ----------
@@ -281,7 +286,8 @@ def leakage_mw(machine: Machine, technology: Technology) -> float:
 def array_geometry(machine: Machine, technology: Technology) -> ArrayGeometry:
     """Height and width of the PE array; its wires are charged by these lengths.
 
-    Source: assumption: square tiles, the weight memories left of the rows, the operand store above the columns.
+    Source: assumption: square tiles, the weight memories left of the rows, the operand store above the
+    columns.
     """
     parts = _logic(machine, technology)
     in_array = (
@@ -300,13 +306,13 @@ def array_geometry(machine: Machine, technology: Technology) -> ArrayGeometry:
 
 @lru_cache(maxsize=256)
 def dense_at_equal_area(machine: Machine, technology: Technology) -> Machine:
-    """The dense machine that fits the area of ``machine``: features off, rows added one at a time while it fits.
+    """The dense machine of the same area: features off, rows added one at a time while it fits.
 
-    Features off takes away the sign adders, the front end and its arbiter, and the type, sign and magnitude memories. The
-    rows of a dense machine run in lock step and never ask for two words at a time, so its operand store is one bank: the
-    many banks and the network from them to the rows are part of what skipping costs. A row that is added brings a dense
-    memory of its own, as large as the others'; everything else stays. A machine that is dense already is returned as it
-    is.
+    Features off takes away the sign adders, the front end and its arbiter, and the type, sign and magnitude
+    memories. The rows of a dense machine run in lock step and never ask for two words at a time, so its
+    operand store is one bank: the many banks and the network from them to the rows are part of what skipping
+    costs. A row that is added brings a dense memory of its own, as large as the others'; everything else
+    stays. A machine that is dense already is returned as it is.
     """
     if machine.is_dense:
         return machine

@@ -1,8 +1,9 @@
-"""Technology tables: energy, area and leakage per elementary event, every number with its source and its node.
+"""Technology tables: energy, area and leakage per elementary event, every number with its source and node.
 
-A table is a TOML file of records. A record holds a value (or values over operand widths), where it was taken from, and
-the process node it was taken at; the record's name carries the unit. A table that was measured at another node than
-`Technology.node_nm` is scaled by the functions of this module, each of which names its source:
+A table is a TOML file of records. A record holds a value (or values over operand widths), where it was taken
+from, and the process node it was taken at; the record's name carries the unit. A table that was measured at
+another node than `Technology.node_nm` is scaled by the functions of this module, each of which names its
+source:
 
 - `energy_between_nodes`, `area_between_nodes`: Stillmaker and Baas 2017;
 - `wire_energy_between_supplies`: energy of a wire follows the square of its supply;
@@ -10,8 +11,8 @@ the process node it was taken at; the record's name carries the unit. A table th
 - `by_width`: adders, shifters and multipliers of other widths;
 - `memory_macro`: SRAM of other capacities and port widths, on the CACTI 7 table.
 
-A file of one's own starts from a packaged table (``base = "45nm-horowitz"``) and replaces whole records, so that no
-number is left with the source of another one.
+A file of one's own starts from a packaged table (``base = "45nm-horowitz"``) and replaces whole records, so
+that no number is left with the source of another one.
 """
 
 from __future__ import annotations
@@ -126,10 +127,11 @@ class SramTable(_Record):
 
     @model_validator(mode="after")
     def _rectangular(self) -> SramTable:
-        problems = []
-        for axis in ("capacity_kib", "port_bits"):
-            if any(high <= low for low, high in pairwise(getattr(self, axis))):
-                problems.append(f"{axis} must rise")
+        problems = [
+            f"{axis} must rise"
+            for axis in ("capacity_kib", "port_bits")
+            if any(high <= low for low, high in pairwise(getattr(self, axis)))
+        ]
         shape = (len(self.port_bits), len(self.capacity_kib))
         for name in ("read_energy_pj", "write_energy_pj", "area_mm2", "leakage_mw"):
             rows = getattr(self, name)
@@ -159,9 +161,9 @@ class MemoryMacro:
     leakage_mw: float
 
 
-# Coefficients of E(V) = a V² + b V + c, relative energies of one circuit at each node, and areas relative to 45 nm.
-# Source: A. Stillmaker, B. Baas, Scaling equations for the accurate prediction of CMOS device performance from 180 nm to
-# 7 nm, Integration 58, 2017, doi:10.1016/j.vlsi.2017.02.002.
+# Coefficients of E(V) = a V² + b V + c, relative energies of one circuit at each node, and areas relative to
+# 45 nm. Source: A. Stillmaker, B. Baas, Scaling equations for the accurate prediction of CMOS device
+# performance from 180 nm to 7 nm, Integration 58, 2017, doi:10.1016/j.vlsi.2017.02.002.
 _ENERGY_COEFFICIENTS = {
     130.0: (7.171, -6.709, 2.904),
     90.0: (4.762, -4.781, 2.092),
@@ -209,10 +211,11 @@ def energy_between_nodes(
 ) -> float:
     """The dynamic energy of a logic circuit at another node and supply, in pJ.
 
-    The published polynomials in the supply at both nodes, straight lines in log-log between the published nodes.
+    The published polynomials in the supply at both nodes, straight lines in log-log between the published
+    nodes.
 
-    Source: Stillmaker and Baas, Integration 58, 2017, doi:10.1016/j.vlsi.2017.02.002. Check: 45 nm, 0.9 V to 22 nm,
-    0.8 V gives 0.226; CACTI 7's SRAM of 8 KiB to 512 KiB at these nodes gives 0.22 to 0.26.
+    Source: Stillmaker and Baas, Integration 58, 2017, doi:10.1016/j.vlsi.2017.02.002. Check: 45 nm, 0.9 V to
+    22 nm, 0.8 V gives 0.226; CACTI 7's SRAM of 8 KiB to 512 KiB at these nodes gives 0.22 to 0.27.
 
     Examples
     --------
@@ -229,8 +232,9 @@ def energy_between_nodes(
 def area_between_nodes(area: float, from_nm: float, to_nm: float) -> float:
     """The area of a logic circuit at another node, in the unit it came in.
 
-    Source: Stillmaker and Baas, Integration 58, 2017, doi:10.1016/j.vlsi.2017.02.002 (area factors); straight lines in
-    log-log between the published nodes. Check: 45 to 22 nm gives 0.246; CACTI 7's SRAM gives 0.24 to 0.30.
+    Source: Stillmaker and Baas, Integration 58, 2017, doi:10.1016/j.vlsi.2017.02.002 (area factors); straight
+    lines in log-log between the published nodes. Check: 45 to 22 nm gives 0.246; CACTI 7's SRAM gives 0.24 to
+    0.30.
 
     Examples
     --------
@@ -243,14 +247,14 @@ def area_between_nodes(area: float, from_nm: float, to_nm: float) -> float:
 def wire_energy_between_supplies(energy_pj: float, from_supply_v: float, to_supply_v: float) -> float:
     """The energy of a wire of the same length at another supply, in pJ: it follows the square of the supply.
 
-    Source: Keckler et al., IEEE Micro 31(5), 2011: the capacitance of a wire per millimetre stays about the same from
-    node to node, so that its energy goes with C·V².
+    Source: Keckler et al., IEEE Micro 31(5), 2011: the capacitance of a wire per millimetre stays about the
+    same from node to node, so that its energy goes with C·V².
     """
     return energy_pj * (to_supply_v / from_supply_v) ** 2
 
 
 def leakage_density_between_nodes(density_mw_per_mm2: float, from_nm: float, to_nm: float) -> float:
-    """The leakage of logic per area at another node, in mW/mm²: the circuit leaks the same on the smaller area.
+    """Leakage of logic per area at another node, in mW/mm²: the circuit leaks the same on a smaller area.
 
     Source: assumption, after CACTI 7.0's itrs-lstp SRAM: 8 KiB leak 2.3 µW at 45 nm and 3.6 µW at 22 nm, on a
     quarter of the area.
@@ -261,12 +265,12 @@ def leakage_density_between_nodes(density_mw_per_mm2: float, from_nm: float, to_
 def by_width(record: ByWidth, size: float, power: int = 1) -> float:
     """The value of a record at a width it does not list.
 
-    Straight lines between the listed widths, in proportion to the width outside them: adders, shifters and registers
-    grow linearly with their width, multipliers with the product of both widths (``power`` 2).
+    Straight lines between the listed widths, in proportion to the width outside them: adders, shifters and
+    registers grow linearly with their width, multipliers with the product of both widths (``power`` 2).
 
-    Source: array multipliers hold one cell per pair of operand bits and ripple adders one per bit. Check on Horowitz
-    2014: from 8 to 32 bits the multiplier's energy grows 15.5-fold (proportion says 16), the adder's 3.3-fold (4);
-    areas grow 12.4-fold (16) and 3.8-fold (4). The listed widths are met exactly.
+    Source: array multipliers hold one cell per pair of operand bits and ripple adders one per bit. Check on
+    Horowitz 2014: from 8 to 32 bits the multiplier's energy grows 15.5-fold (proportion says 16), the adder's
+    3.3-fold (4); areas grow 12.4-fold (16) and 3.8-fold (4). The listed widths are met exactly.
 
     Parameters
     ----------
@@ -288,13 +292,14 @@ def by_width(record: ByWidth, size: float, power: int = 1) -> float:
 def memory_macro(table: SramTable, capacity_bits: float, port_bits: int) -> MemoryMacro:
     """A memory of any capacity and port width, built from the macros of an SRAM table.
 
-    Between the listed capacities and port widths: straight lines in log-log, which meet the listed values exactly. A port
-    wider than the widest is several macros side by side, a memory larger than the largest several in a row of which one
-    is accessed. What is smaller than the smallest capacity or port is the smallest macro, and only its port is used in
-    part.
+    Between the listed capacities and port widths: straight lines in log-log, which meet the listed values
+    exactly. A port wider than the widest is several macros side by side, a memory larger than the largest
+    several in a row of which one is accessed. What is smaller than the smallest capacity or port is the
+    smallest macro, and only its port is used in part.
 
-    Source: assumption: between two of CACTI's organisations energies and areas follow powers of the capacity. The kinks
-    are CACTI's own changes of organisation: at 45 nm and 8 bits a 16 KiB macro costs 10 % more per read than a 32 KiB one.
+    Source: assumption: between two of CACTI's organisations energies and areas follow powers of the capacity.
+    The kinks are CACTI's own changes of organisation: at 45 nm and 8 bits a 16 KiB macro costs 10 % more per
+    read than a 32 KiB one.
 
     Parameters
     ----------
@@ -322,7 +327,7 @@ def memory_macro(table: SramTable, capacity_bits: float, port_bits: int) -> Memo
 
 
 class Technology(BaseModel):
-    """A technology table. Load one with `load_technology`; the methods give each figure at the table's own node.
+    """A technology table (`load_technology`); the methods give each figure at the table's own node.
 
     Attributes
     ----------
@@ -403,8 +408,8 @@ class Technology(BaseModel):
             problems.append(
                 Problem(
                     "sram.node_nm",
-                    f"{self.sram.node_nm:g} nm, but the table is one of {self.node_nm:g} nm and SRAM is not scaled "
-                    "between nodes",
+                    f"{self.sram.node_nm:g} nm, but the table is one of {self.node_nm:g} nm and SRAM is not "
+                    "scaled between nodes",
                     "give an [sram] record of that node",
                 )
             )
@@ -497,8 +502,8 @@ def technology_names() -> list[str]:
 def load_technology(name_or_path: str | Path) -> Technology:
     """A packaged table by its name, or a table of one's own by its path.
 
-    A file may start from a packaged table with ``base = "45nm-horowitz"`` and give only the records that differ; a record
-    is replaced as a whole.
+    A file may start from a packaged table with ``base = "45nm-horowitz"`` and give only the records that
+    differ; a record is replaced as a whole.
 
     Raises
     ------

@@ -56,30 +56,30 @@ class PassConfig(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def run_passes(types: NDArray, order: NDArray, config: PassConfig) -> NDArray:
-    """Counters of every row tile and segment of one GEMM.
+    """Counters of every row tile and segment of a layer.
 
     Parameters
     ----------
-    types : uint8 array ``[Mb, Kb]``
+    types : uint8 array ``[G, Mb, Kb]``
         Block types after feature conversion; at most `MAX_BLOCK_COLUMNS` columns.
-    order : int64 array ``[Mb]``
+    order : int64 array ``[G, Mb]``
         Block rows in execution order.
     config : PassConfig
         At most `MAX_BANKS` banks.
 
     Returns
     -------
-    int64 array ``[ceil(Mb / rows), ceil(Kb / segment_words), 13]``
+    int64 array ``[G, ceil(Mb / rows), ceil(Kb / segment_words), 13]``
         In the order of `hwsim.oracle.COUNTERS`.
     """
-    m_blocks, k_blocks = types.shape
+    groups, m_blocks, k_blocks = types.shape
     rows = config.rows
     segment_words = min(config.segment_words, k_blocks)
     tiles = (m_blocks + rows - 1) // rows
     segments = (k_blocks + segment_words - 1) // segment_words
     live = min(rows, m_blocks)
     width = segment_words + 1 + config.queue_depth
-    out = np.zeros((tiles, segments, N_COUNTERS), np.int64)
+    out = np.zeros((groups, tiles, segments, N_COUNTERS), np.int64)
     work = _Work(
         _block_entries(k_blocks, config.banks),
         1 + np.arange(k_blocks + 1) // config.skip_window,
@@ -88,13 +88,14 @@ def run_passes(types: NDArray, order: NDArray, config: PassConfig) -> NDArray:
         np.empty(config.banks, np.int64),
         np.empty(8 * live, np.int64),
     )
-    for tile in range(tiles):
-        block_rows = order[tile * rows : (tile + 1) * rows]
-        for segment in range(segments):
-            begin = segment * segment_words
-            end = min(begin + segment_words, k_blocks)
-            dense = _list_executed(types, block_rows, begin, end, width, work)
-            _segment(block_rows.size, begin, end, width, dense, config, work, out[tile, segment])
+    for group in range(groups):
+        for tile in range(tiles):
+            block_rows = order[group, tile * rows : (tile + 1) * rows]
+            for segment in range(segments):
+                begin = segment * segment_words
+                end = min(begin + segment_words, k_blocks)
+                dense = _list_executed(types[group], block_rows, begin, end, width, work)
+                _segment(block_rows.size, begin, end, width, dense, config, work, out[group, tile, segment])
     return out
 
 

@@ -1,0 +1,469 @@
+"""Steps of a layer: how row tiles and column tiles are grouped, and what the chain of passes and transfers costs.
+
+Both kernels take integers only. Units of columns are output rows or, where one output row does not fit, single column tiles
+(``split``); a column group is a run of units. See docs/microarchitecture.md, "A layer".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+__all__ = [
+    "STEP_FIELDS",
+    "ColumnUnits",
+    "StepConfig",
+    "StepPlan",
+    "Tiles",
+    "cost_steps",
+    "plan_steps",
+    "transfer_cycles",
+    "widest_unit_bits",
+]
+
+STEP_FIELDS = (
+    "pass_cycles",
+    "fill_stall_cycles",
+    "drain_stall_cycles",
+    "load_weight_cycles",
+    "load_weight_bytes",
+    "load_input_cycles",
+    "load_input_bytes",
+    "stream_cycles",
+    "stream_bytes",
+    "store_cycles",
+    "store_bytes",
+    "filled_words",
+    "step_cycles",
+)
+"""Columns of the array that `cost_steps` returns. Loads are those that the step itself needs, done in the step before."""
+(
+    _PASS,
+    _FILL_STALL,
+    _DRAIN_STALL,
+    _LOAD_W,
+    _LOAD_W_BYTES,
+    _LOAD_A,
+    _LOAD_A_BYTES,
+    _STREAM,
+    _STREAM_BYTES,
+    _STORE,
+    _STORE_BYTES,
+    _FILLED,
+    _STEP,
+) = range(13)
+
+
+class StepConfig(NamedTuple):
+    """Integers of a machine that the steps need; ``dram_cycles / dram_bytes`` is the exact time of a byte."""
+
+    columns: int
+    segment_words: int
+    fill_words: int
+    drain_words: int
+    activation_bits: int
+    output_half_bits: int
+    burst_bytes: int
+    dram_cycles: int
+    dram_bytes: int
+
+
+class StepPlan(NamedTuple):
+    """How memories are used: limits in bits or bytes, -1 where the content is held whole or streamed.
+
+    ``split`` is 1 where units are column tiles, ``weights_outer`` 1 for that loop order, ``streamed`` 1 where every pass
+    fetches its weights.
+    """
+
+    weights_outer: int
+    split: int
+    streamed: int
+    weight_limited: int
+    input_half_bits: int
+
+
+class Tiles(NamedTuple):
+    """Row tiles of all groups.
+
+    ``cycles``: int64 ``[G, T, segments]`` of a pass. ``channels``: int64 ``[G, T]`` real output channels. ``usage``: int64
+    ``[G, T, R, 4]`` bytes in each row's type, sign, magnitude and dense memory, and ``share``: int64 ``[4]`` what a group of
+    row tiles may use of each. ``order``: int64 ``[G, Mb]`` block rows in execution order. ``row_bytes``: int64
+    ``[G, Mb, 6]`` bytes of a block row's offsets, channel parameters, type, sign, magnitude and dense stream;
+    ``order_bytes`` of its place in the stored order.
+    """
+
+    cycles: NDArray
+    channels: NDArray
+    usage: NDArray
+    share: NDArray
+    order: NDArray
+    row_bytes: NDArray
+    order_bytes: int
+    rows: int
+    k_blocks: int
+
+
+class ColumnUnits(NamedTuple):
+    """Units of columns of one group.
+
+    ``row``: int64 ``[U]`` the unit's output row; ``start``, ``positions``: int64 ``[U]``; ``first``, ``last``: int64 ``[U]``
+    span of input columns; ``needs``: int64 ``[output rows, taps]`` input rows of each output row, -1 for padding;
+    ``input_rows``: rows of one group's input; ``width``: columns of an input row; ``element_bits``: bits of one column
+    (channels × activation bits).
+    """
+
+    row: NDArray
+    start: NDArray
+    positions: NDArray
+    first: NDArray
+    last: NDArray
+    needs: NDArray
+    input_rows: int
+    width: int
+    element_bits: int
+
+
+@njit(cache=True, nogil=True)
+def transfer_cycles(size_bytes, config):  # type: ignore[no-untyped-def]
+    """Cycles of one transfer: whole bursts at the channel's exact rate, rounded up; 0 bytes take 0."""
+    bursts = (size_bytes + config.burst_bytes - 1) // config.burst_bytes
+    return (bursts * config.burst_bytes * config.dram_cycles + config.dram_bytes - 1) // config.dram_bytes
+
+
+@njit(cache=True, nogil=True)
+def _bus_bytes(size_bytes, config):  # type: ignore[no-untyped-def]
+    return (size_bytes + config.burst_bytes - 1) // config.burst_bytes * config.burst_bytes
+
+
+@njit(cache=True, nogil=True)
+def widest_unit_bits(units):  # type: ignore[no-untyped-def]
+    """Bits of input that the most demanding single unit needs."""
+    widest = np.int64(0)
+    for u in range(units.row.size):
+        rows = np.int64(0)
+        for tap in range(units.needs.shape[1]):
+            rows += units.needs[units.row[u], tap] >= 0
+        widest = max(widest, rows * max(units.last[u] - units.first[u], 0) * units.element_bits)
+    return widest
+
+
+@njit(cache=True, nogil=True)
+def _channels(tiles, group, first, last):  # type: ignore[no-untyped-def]
+    total = np.int64(0)
+    for t in range(first, last):
+        total += tiles.channels[group, t]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _positions(units, first, last):  # type: ignore[no-untyped-def]
+    total = np.int64(0)
+    for u in range(first, last):
+        total += units.positions[u]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def _greedy_rows(tiles, group, first, positions, plan, config, used):  # type: ignore[no-untyped-def]
+    """One past the last row tile of the group that starts at ``first``, to meet ``positions`` columns."""
+    used[:] = 0
+    channels = np.int64(0)
+    for t in range(first, tiles.channels.shape[1]):
+        channels += tiles.channels[group, t]
+        fits = channels * positions * config.activation_bits <= config.output_half_bits
+        if plan.weight_limited:
+            for row in range(tiles.rows):
+                for stream in range(4):
+                    used[row, stream] += tiles.usage[group, t, row, stream]
+                    fits &= used[row, stream] <= tiles.share[stream]
+        if not fits and t > first:
+            return t
+    return tiles.channels.shape[1]
+
+
+@njit(cache=True, nogil=True)
+def _greedy_columns(units, first, channels, plan, config, seen, stamp):  # type: ignore[no-untyped-def]
+    """One past the last unit of the column group that starts at ``first``, to meet ``channels`` output channels."""
+    positions = np.int64(0)
+    rows = np.int64(0)
+    left, right = units.width, np.int64(0)
+    for u in range(first, units.row.size):
+        positions += units.positions[u]
+        left, right = min(left, units.first[u]), max(right, units.last[u])
+        for tap in range(units.needs.shape[1]):
+            row = units.needs[units.row[u], tap]
+            if row >= 0 and seen[row] != stamp:
+                seen[row] = stamp
+                rows += 1
+        fits = channels * positions * config.activation_bits <= config.output_half_bits
+        if plan.input_half_bits >= 0:
+            fits &= rows * max(right - left, 0) * units.element_bits <= plan.input_half_bits
+        if plan.split:
+            fits &= units.row[u] == units.row[first]
+        if not fits and u > first:
+            return u
+    return units.row.size
+
+
+@njit(cache=True, nogil=True)
+def plan_steps(tiles, units, plan, config):  # type: ignore[no-untyped-def]
+    """``int64[steps, 5]``: group, first and last row tile, first and last column unit of each step, in order.
+
+    The outer group is greedy within its memory, as long as the finest inner group's outputs still fit; the inner group takes
+    what remains.
+    """
+    groups, n_tiles = tiles.channels.shape
+    n_units = units.row.size
+    n_outer, n_inner = (n_tiles, n_units) if plan.weights_outer else (n_units, n_tiles)
+    seen = np.full(max(units.input_rows, 1), -1, np.int64)
+    used = np.empty((tiles.rows, 4), np.int64)
+    stamp = np.int64(0)
+    steps = np.empty((64, 5), np.int64)
+    n = 0
+    finest_positions = np.int64(0)
+    for u in range(n_units):
+        finest_positions = max(finest_positions, units.positions[u])
+    for group in range(groups):
+        finest_channels = np.int64(0)
+        for t in range(n_tiles):
+            finest_channels = max(finest_channels, tiles.channels[group, t])
+        outer = 0
+        while outer < n_outer:
+            stamp += 1
+            if plan.weights_outer:
+                outer_end = _greedy_rows(tiles, group, outer, finest_positions, plan, config, used)
+                extent = _channels(tiles, group, outer, outer_end)
+            else:
+                outer_end = _greedy_columns(units, outer, finest_channels, plan, config, seen, stamp)
+                extent = _positions(units, outer, outer_end)
+            inner = 0
+            while inner < n_inner:
+                stamp += 1
+                if plan.weights_outer:
+                    inner_end = _greedy_columns(units, inner, extent, plan, config, seen, stamp)
+                else:
+                    inner_end = _greedy_rows(tiles, group, inner, extent, plan, config, used)
+                if n == steps.shape[0]:
+                    larger = np.empty((2 * n, 5), np.int64)
+                    larger[:n] = steps
+                    steps = larger
+                rows, columns = (1, 3) if plan.weights_outer else (3, 1)
+                steps[n, 0] = group
+                steps[n, rows], steps[n, rows + 1] = outer, outer_end
+                steps[n, columns], steps[n, columns + 1] = inner, inner_end
+                n += 1
+                inner = inner_end
+            outer = outer_end
+    return steps[:n]
+
+
+@njit(cache=True, nogil=True)
+def _weight_load(tiles, group, first, last, config, chosen):  # type: ignore[no-untyped-def]
+    """``(cycles, bytes)`` of the weights of row tiles ``first … last - 1``: one transfer per contiguous range and part."""
+    m_blocks = tiles.order.shape[1]
+    begin, end = first * tiles.rows, min(last * tiles.rows, m_blocks)
+    chosen[:] = False
+    for i in range(begin, end):
+        chosen[tiles.order[group, i]] = True
+    order_bytes = tiles.order_bytes * (end - begin)
+    cycles = transfer_cycles(order_bytes, config)
+    bus = _bus_bytes(order_bytes, config)
+    for part in range(tiles.row_bytes.shape[2]):
+        size = np.int64(0)
+        for row in range(m_blocks + 1):
+            if row < m_blocks and chosen[row]:
+                size += tiles.row_bytes[group, row, part]
+            elif size > 0:
+                cycles += transfer_cycles(size, config)
+                bus += _bus_bytes(size, config)
+                size = np.int64(0)
+    return cycles, bus
+
+
+@njit(cache=True, nogil=True)
+def _mark(units, first, last, seen, stamp):  # type: ignore[no-untyped-def]
+    """Mark the input rows of some units; returns the lowest and one past the highest, and the span of columns."""
+    low, high = units.input_rows, np.int64(0)
+    left, right = units.width, np.int64(0)
+    for u in range(first, last):
+        left, right = min(left, units.first[u]), max(right, units.last[u])
+        for tap in range(units.needs.shape[1]):
+            row = units.needs[units.row[u], tap]
+            if row >= 0:
+                seen[row] = stamp
+                low, high = min(low, row), max(high, row + 1)
+    return low, high, left, right
+
+
+@njit(cache=True, nogil=True)
+def _range_load(columns, units, config):  # type: ignore[no-untyped-def]
+    size = (columns * units.element_bits + 7) // 8
+    return transfer_cycles(size, config), _bus_bytes(size, config)
+
+
+@njit(cache=True, nogil=True)
+def _input_load(units, u0, u1, v0, v1, seen, held, stamp, config):  # type: ignore[no-untyped-def]
+    """``(cycles, bytes)`` of the input of units ``u0 … u1 - 1`` that units ``v0 … v1 - 1`` did not leave resident.
+
+    Whole adjacent rows are one contiguous range; a part of a row is a range of its own.
+    """
+    low, high, left, right = _mark(units, u0, u1, seen, stamp)
+    old_left, old_right = np.int64(0), np.int64(0)
+    if v1 > v0:
+        _, _, old_left, old_right = _mark(units, v0, v1, held, stamp)
+    cycles, bus = np.int64(0), np.int64(0)
+    run = np.int64(0)
+    for row in range(low, high + 1):
+        needed = row < high and seen[row] == stamp
+        resident = needed and held[row] == stamp
+        whole_row = left == 0 and right == units.width
+        if needed and not resident and whole_row:
+            run += units.width
+            continue
+        if run > 0:
+            c, b = _range_load(run, units, config)
+            cycles, bus, run = cycles + c, bus + b, np.int64(0)
+        if needed and not resident and right > left:
+            c, b = _range_load(right - left, units, config)
+            cycles, bus = cycles + c, bus + b
+        elif resident:
+            if min(right, old_left) > left:
+                c, b = _range_load(min(right, old_left) - left, units, config)
+                cycles, bus = cycles + c, bus + b
+            if right > max(left, old_right):
+                c, b = _range_load(right - max(left, old_right), units, config)
+                cycles, bus = cycles + c, bus + b
+    return cycles, bus
+
+
+@njit(cache=True, nogil=True)
+def cost_steps(tiles, units, steps, plan, whole_cycles, whole_bytes, config):  # type: ignore[no-untyped-def]
+    """Cycles and traffic of every step, and how often each row tile passes.
+
+    Parameters
+    ----------
+    tiles, units, steps, plan, config
+        As for `plan_steps`, with its result.
+    whole_cycles, whole_bytes : int64 ``[2]``
+        Loads of weights and inputs that are held whole, done before the first step; 0 where they are not.
+
+    Returns
+    -------
+    int64 ``[steps, 13]``
+        See `STEP_FIELDS`.
+    int64 ``[G, T]``
+        Passes of each row tile.
+    int64 ``[G, T]``
+        How often each row tile's weights were loaded.
+    """
+    n = steps.shape[0]
+    cost = np.zeros((n, 13), np.int64)
+    passes = np.zeros(tiles.channels.shape, np.int64)
+    loads = np.zeros(tiles.channels.shape, np.int64)
+    seen = np.full(max(units.input_rows, 1), -1, np.int64)
+    held = np.full(max(units.input_rows, 1), -1, np.int64)
+    chosen = np.zeros(tiles.order.shape[1], np.bool_)
+    for i in range(n):
+        group, t0, t1, u0, u1 = steps[i, 0], steps[i, 1], steps[i, 2], steps[i, 3], steps[i, 4]
+        first_of_all = i == 0
+        same_group = not first_of_all and steps[i - 1, 0] == group
+        same_rows = same_group and steps[i - 1, 1] == t0 and steps[i - 1, 2] == t1
+        same_columns = same_group and steps[i - 1, 3] == u0 and steps[i - 1, 4] == u1
+        if first_of_all:
+            cost[i, _LOAD_W], cost[i, _LOAD_W_BYTES] = whole_cycles[0], whole_bytes[0]
+            cost[i, _LOAD_A], cost[i, _LOAD_A_BYTES] = whole_cycles[1], whole_bytes[1]
+        if plan.weight_limited and not same_rows:
+            cost[i, _LOAD_W], cost[i, _LOAD_W_BYTES] = _weight_load(tiles, group, t0, t1, config, chosen)
+            for t in range(t0, t1):
+                loads[group, t] += 1
+        if plan.input_half_bits >= 0 and not same_columns:
+            v0, v1 = np.int64(0), np.int64(0)
+            if same_group:
+                v0, v1 = steps[i - 1, 3], steps[i - 1, 4]
+            cost[i, _LOAD_A], cost[i, _LOAD_A_BYTES] = _input_load(
+                units, u0, u1, v0, v1, seen, held, i, config
+            )
+        outputs = _channels(tiles, group, t0, t1) * _positions(units, u0, u1)
+        size = (outputs * config.activation_bits + 7) // 8
+        cost[i, _STORE], cost[i, _STORE_BYTES] = transfer_cycles(size, config), _bus_bytes(size, config)
+    _chain(tiles, units, steps, plan, config, cost, passes, chosen)
+    for i in range(n):
+        memory = cost[i, _STREAM]
+        if i + 1 < n:
+            memory += cost[i + 1, _LOAD_W] + cost[i + 1, _LOAD_A]
+        if i > 0:
+            memory += cost[i - 1, _STORE]
+        time = cost[i, _PASS] + cost[i, _FILL_STALL] + cost[i, _DRAIN_STALL]
+        cost[i, _STEP] = max(time, memory)
+    if plan.streamed:
+        loads[:] = passes
+    elif not plan.weight_limited:
+        loads[:] = 1
+    return cost, passes, loads
+
+
+@njit(cache=True, nogil=True)
+def _chain(tiles, units, steps, plan, config, cost, passes, chosen):  # type: ignore[no-untyped-def]
+    """Walk the passes of the layer in order: fills overlap the segment before, drains the pass after."""
+    segments = tiles.cycles.shape[2]
+    words = np.empty(segments, np.int64)
+    fill = np.empty(segments, np.int64)
+    for s in range(segments):
+        words[s] = min(config.segment_words, tiles.k_blocks - s * config.segment_words)
+        fill[s] = (words[s] + config.fill_words - 1) // config.fill_words
+    # The first fill and the last drain overlap nothing.
+    cost[0, _FILL_STALL] += fill[0]
+    cost[0, _FILLED] += words[0]
+    drain = np.int64(0)
+    n = steps.shape[0]
+    for i in range(n):
+        group, t0, t1, u0, u1 = steps[i, 0], steps[i, 1], steps[i, 2], steps[i, 3], steps[i, 4]
+        start = units.start[u0]
+        positions = _positions(units, u0, u1)
+        column_tiles = (positions + config.columns - 1) // config.columns
+        if plan.streamed:
+            for t in range(t0, t1):
+                cycles, bus = _weight_load(tiles, group, t, t + 1, config, chosen)
+                cost[i, _STREAM] += column_tiles * cycles
+                cost[i, _STREAM_BYTES] += column_tiles * bus
+        for tile in range(column_tiles):
+            live_columns = min(config.columns, positions - tile * config.columns)
+            for t in range(t0, t1):
+                passes[group, t] += 1
+                total = np.int64(0)
+                for s in range(segments):
+                    if s + 1 < segments:
+                        following = s + 1
+                    else:
+                        following = 0
+                        if t + 1 < t1:
+                            refill = segments > 1
+                        elif tile + 1 < column_tiles:
+                            refill = True
+                        elif i + 1 < n:
+                            next_positions = _positions(units, steps[i + 1, 3], steps[i + 1, 4])
+                            refill = (
+                                segments > 1
+                                or steps[i + 1, 0] != group
+                                or units.start[steps[i + 1, 3]] != start + tile * config.columns
+                                or min(config.columns, next_positions) != live_columns
+                            )
+                        else:
+                            refill = False
+                        if not refill:
+                            following = -1
+                    own = tiles.cycles[group, t, s]
+                    next_fill = np.int64(0)
+                    if following >= 0:
+                        next_fill = fill[following]
+                        cost[i, _FILLED] += words[following]
+                    cost[i, _PASS] += own
+                    cost[i, _FILL_STALL] += max(next_fill - own, 0)
+                    total += max(own, next_fill)
+                cost[i, _DRAIN_STALL] += max(drain - total, 0)
+                outputs = tiles.channels[group, t] * live_columns
+                drain = (outputs + config.drain_words - 1) // config.drain_words
+    cost[n - 1, _DRAIN_STALL] += drain

@@ -1,0 +1,430 @@
+"""Simulate the layers of a network on a machine: cycles, traffic, energy, storage and area, with the dense baselines.
+
+A reader can follow one layer: native blocks and effective types, counters of its passes, its steps, its events, its energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from hwsim.area import dense_at_equal_area, machine_area
+from hwsim.energy import ENERGY_COMPONENTS, EventCounts, layer_energy
+from hwsim.errors import FitError, InputError, Problem
+from hwsim.image import PARTS, STREAMS, ImageSizes, image_sizes, type_code_bits
+from hwsim.kernels.counts import count_types
+from hwsim.kernels.passes import PassConfig, run_passes
+from hwsim.layer import DENSE, PRUNED, UNIFIED, Layer, LayerShape
+from hwsim.lowering import (
+    LoweredMachine,
+    effective_counts,
+    effective_types,
+    execution_order,
+    lower_machine,
+)
+from hwsim.machine import Machine, load_machine
+from hwsim.mapping import Mapping, map_layer
+from hwsim.oracle import COUNTERS
+from hwsim.report import Report
+from hwsim.technology import Technology, load_technology
+
+__all__ = ["LayerRun", "accumulator_bits_needed", "pass_counters", "run_layer", "simulate"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRun:
+    """One layer on one machine.
+
+    Attributes
+    ----------
+    layer : Layer
+        At the native block.
+    blocks : int64 array ``[G, Mb, 3]``
+        PRUNED, UNIFIED and DENSE blocks of each block row, after feature conversion.
+    order : int64 array ``[G, Mb]``
+        Block rows in execution order.
+    rows : int
+        Rows of the array.
+    counters : int64 array ``[G, T, segments, 13]``
+        Of one pass of each row tile, in the order of `hwsim.oracle.COUNTERS`.
+    mapping : Mapping
+    sizes : ImageSizes
+    """
+
+    layer: Layer
+    blocks: NDArray[np.int64]
+    order: NDArray[np.int64]
+    rows: int
+    counters: NDArray[np.int64]
+    mapping: Mapping
+    sizes: ImageSizes
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Every counter, summed over all passes of the layer."""
+        per_tile = self.counters.sum(axis=2)
+        sums = (per_tile * self.mapping.passes[:, :, None]).sum(axis=(0, 1))
+        return dict(zip(COUNTERS, sums.tolist(), strict=True))
+
+
+def run_layer(layer: Layer, machine: Machine) -> LayerRun:
+    """Counters, steps and image sizes of one layer on one machine.
+
+    Raises
+    ------
+    InputError
+        The layer's blocks cannot run on the machine's native block.
+    FitError
+        The layer's finest step does not fit the machine's memories.
+    """
+    return _run_layer(layer, machine, lower_machine(machine))
+
+
+def _run_layer(layer: Layer, machine: Machine, lowered: LoweredMachine) -> LayerRun:
+    native = layer.at_native_block(machine.array.block)
+    types = effective_types(native.types, machine)
+    blocks = effective_counts(native.types, machine)
+    order = execution_order(blocks, machine)
+    counters = pass_counters(types, order, lowered.pass_config, uniform=machine.is_dense)
+    sizes = image_sizes(blocks, native.shape.m, machine)
+    mapping = map_layer(
+        native.shape, counters[:, :, :, 0], types.shape[2], order, sizes, lowered, machine.name
+    )
+    return LayerRun(native, blocks, order, machine.array.rows, counters, mapping, sizes)
+
+
+def pass_counters(
+    types: NDArray[np.uint8], order: NDArray[np.int64], config: PassConfig, *, uniform: bool = False
+) -> NDArray[np.int64]:
+    """``int64[G, T, segments, 13]``: counters of one pass of each row tile.
+
+    With ``uniform`` (every block row holds the same types, as in a dense machine) one row is simulated for all: rows that are
+    alike do the same in every cycle, and a multicast serves them together.
+    """
+    if not uniform:
+        return run_passes(np.require(types, np.uint8, "CW"), order, config)
+    groups, m_blocks, _ = types.shape
+    one = run_passes(np.array(types[:1, :1]), np.zeros((1, 1), np.int64), config._replace(rows=1))[0]
+    n_tiles = -(-m_blocks // config.rows)
+    live = np.full(n_tiles, config.rows, np.int64)
+    live[-1] = m_blocks - (n_tiles - 1) * config.rows
+    per_pass = [COUNTERS.index(name) for name in ("cycles", "words")]
+    tiles = one * live[:, None, None]
+    tiles[:, :, per_pass] = one[:, :, per_pass]
+    missing = config.rows - live
+    tiles[:, :, COUNTERS.index("imbalance")] += missing[:, None] * one[:, :, 0]
+    return np.repeat(tiles[None], groups, axis=0)
+
+
+def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = "network") -> Report:
+    """Simulate layers on a machine, beside the dense machine with the same array and the one of the same area.
+
+    Parameters
+    ----------
+    machine : Machine or str
+        A machine, the name of a preset, or the path of a machine file.
+    layers : sequence of Layer
+        In execution order; names must differ.
+    network : str
+        Named in the report.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    InputError
+        No layers, two of one name, or blocks that the machine cannot run.
+    FitError
+        A layer does not fit the machine.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from hwsim.layer import Layer, LayerShape, random_types
+    >>> shape = LayerShape("fc", "linear", in_channels=800, out_channels=500)
+    >>> types = random_types(shape, (4, 4), 0.5, 0.5, np.random.default_rng(0))
+    >>> report = simulate("msa-16x16", [Layer(shape, (4, 4), types)])
+    >>> report.summary["macs"]
+    400000
+    """
+    if isinstance(machine, str):
+        machine = load_machine(machine)
+    _check_layers(layers)
+    technology = load_technology(machine.technology.table)
+    dense_machine, equal_machine = _baselines(machine, technology)
+    lowered = lower_machine(machine)
+    runs = [_run_layer(layer, machine, lowered) for layer in layers]
+    warnings = [warning for run in runs for warning in _overflow_warning(run, machine)]
+    shapes = tuple(layer.shape for layer in layers)
+    dense_runs, problem = _dense_runs(shapes, dense_machine)
+    warnings += problem
+    equal_runs, problem = _dense_runs(shapes, equal_machine)
+    warnings += problem
+    energy = layer_energy(_events(runs, machine), machine, technology)
+    dense_energy = (
+        layer_energy(_events(dense_runs, dense_machine), dense_machine, technology) if dense_runs else None
+    )
+    rows = [_layer_row(run, machine) for run in runs]
+    _add_baselines(rows, dense_runs, equal_runs)
+    for index, row in enumerate(rows):
+        row["energy_pj"] = float(energy[index].sum())
+        row["dense_energy_pj"] = (
+            float(dense_energy[index].sum()) if dense_energy is not None else float("nan")
+        )
+    names = [run.layer.name for run in runs]
+    return Report.build(
+        network=network,
+        machine=machine,
+        equal_area_machine=equal_machine,
+        layer_rows=rows,
+        energy=_long_energy(names, energy, dense_energy),
+        storage=_long_storage(names, runs),
+        area_mm2=machine_area(machine, technology),
+        equal_area_mm2=sum(machine_area(equal_machine, technology).values()),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+@lru_cache(maxsize=256)
+def _baselines(machine: Machine, technology: Technology) -> tuple[Machine, Machine]:
+    off = {"features.skip_pruned": False, "features.unified_path": False, "features.row_balance": "none"}
+    return machine.with_fields(off), dense_at_equal_area(machine, technology)
+
+
+def _check_layers(layers: Sequence[Layer]) -> None:
+    if not layers:
+        raise InputError("simulate", Problem("layers", "none given", "a network needs at least one layer"))
+    names = [layer.name for layer in layers]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            "simulate", Problem("layers", f"names used twice: {', '.join(twice)}", "give each its own")
+        )
+
+
+@lru_cache(maxsize=64)
+def _dense_runs(shapes: tuple[LayerShape, ...], machine: Machine) -> tuple[list[LayerRun], list[str]]:
+    """Uncompressed layers on a dense machine; none and a warning where they do not fit it.
+
+    They depend on geometry alone, so networks that differ in their blocks share them, and layers of one shape are run once.
+    """
+    lowered = lower_machine(machine)
+    known: dict[LayerShape, LayerRun] = {}
+    runs = []
+    for shape in shapes:
+        unnamed = replace(shape, name="")
+        try:
+            if unnamed not in known:
+                known[unnamed] = _run_layer(_dense_layer(shape, machine.array.block), machine, lowered)
+        except FitError as error:
+            return [], [f"the dense baseline cannot run this network, its speed-up is not a number: {error}"]
+        runs.append(known[unnamed])
+    return runs, []
+
+
+def _dense_layer(shape: LayerShape, block: tuple[int, int]) -> Layer:
+    types = np.broadcast_to(np.uint8(DENSE), (shape.groups, *shape.blocks(block)))
+    return Layer(shape, block, types)
+
+
+def accumulator_bits_needed(layer: Layer, activation_bits: int) -> int | None:
+    """Bits of an accumulator that no input can overflow; None where the weights are not at hand.
+
+    ``Σ|w| · 2**(activation_bits − 1)`` of the worst output channel bounds every partial sum; the bias is added in the
+    requantiser.
+    """
+    if layer.weights is None:
+        return None
+    worst = int(np.abs(layer.integer_matrix().astype(np.int64)).sum(axis=2).max()) * 2 ** (
+        activation_bits - 1
+    )
+    return worst.bit_length() + 1
+
+
+def _overflow_warning(run: LayerRun, machine: Machine) -> list[str]:
+    needed = accumulator_bits_needed(run.layer, machine.precision.activation_bits)
+    if needed is None or needed <= machine.precision.accumulator_bits:
+        return []
+    return [
+        f"layer {run.layer.name} can overflow: its worst sum needs {needed} accumulator bits, the machine has "
+        f"{machine.precision.accumulator_bits}; sums wrap"
+    ]
+
+
+def _events(runs: list[LayerRun], machine: Machine) -> EventCounts:
+    columns: dict[str, list[int]] = {}
+    for run in runs:
+        for name, value in _layer_events(run, machine).items():
+            columns.setdefault(name, []).append(value)
+    return EventCounts(**{name: np.array(values, np.int64) for name, values in columns.items()})
+
+
+def _layer_events(run: LayerRun, machine: Machine) -> dict[str, int]:
+    shape, mapping, precision = run.layer.shape, run.mapping, machine.precision
+    g_o, g_k = machine.array.block
+    _, unified, dense = run.blocks.sum(axis=(0, 1)).tolist()
+    unified_passes, dense_passes = run.totals["unified"], run.totals["dense"]
+    words_filled = mapping.totals["filled_words"]
+    outputs = shape.out_channels * shape.n
+    loaded = _loaded_bytes(run) * 8
+    input_bytes = mapping.totals["load_input_bytes"]
+    return {
+        "dense_column_blocks": dense * shape.n,
+        "unified_column_blocks": unified * shape.n,
+        "latches": run.totals["latches"],
+        "words_read": run.totals["words"],
+        "words_filled": words_filled,
+        "codes_examined": 0 if machine.is_dense else run.totals["examined"],
+        "type_bits_read": run.totals["scanned"] * type_code_bits(run.blocks, machine),
+        "sign_bits_read": unified_passes * g_o * g_k,
+        "magnitude_bits_read": unified_passes * precision.magnitude_bits,
+        "dense_bits_read": dense_passes * g_o * g_k * precision.weight_bits,
+        **{f"{name}_bits_written": int(bits) for name, bits in zip(STREAMS, loaded, strict=True)},
+        "activation_bits_written": input_bytes * 8,
+        "activation_bits_read": words_filled * machine.word_bits,
+        "output_bits_written": outputs * precision.activation_bits,
+        "output_bits_read": outputs * precision.activation_bits,
+        "outputs_requantised": outputs,
+        "dram_bits": mapping.traffic_bytes * 8,
+        "cycles": mapping.latency_cycles,
+    }
+
+
+def _loaded_bytes(run: LayerRun) -> NDArray[np.int64]:
+    """``int64[4]``: bytes that each weight memory was loaded with over the layer."""
+    loads = run.mapping.loads
+    if (loads == loads[0, 0]).all():
+        return run.sizes.stream_bytes.sum(axis=(0, 1)) * loads[0, 0]
+    groups, m_blocks = run.order.shape
+    per_slot = np.repeat(loads, run.rows, axis=1)[:, :m_blocks]
+    executed = run.sizes.stream_bytes[np.arange(groups)[:, None], run.order]
+    return (executed * per_slot[:, :, None]).sum(axis=(0, 1))
+
+
+def _layer_row(run: LayerRun, machine: Machine) -> dict[str, Any]:
+    shape, mapping = run.layer.shape, run.mapping
+    pass_cycles = run.totals["cycles"]
+    latency = mapping.latency_cycles
+    codes = count_types(np.require(run.layer.types, np.uint8, "CW")).sum(axis=(0, 1)).tolist()
+    parts = run.sizes.part_bytes
+    image_bytes = sum(parts.values())
+    stalls = _attribution(mapping)
+    seconds = latency / (machine.clock_mhz * 1e6)
+    classes = {f"{name}_row_cycles": run.totals[name] for name in COUNTERS[7:]}
+    peak, demand = _peak_bandwidth(mapping, machine)
+    return {
+        "layer": run.layer.name,
+        "kind": shape.kind,
+        "m": shape.m,
+        "k": shape.k,
+        "n": shape.n,
+        "groups": shape.groups,
+        "macs": shape.macs,
+        "weight_count": shape.weight_count,
+        "pruned_blocks": codes[PRUNED],
+        "unified_blocks": codes[UNIFIED],
+        "dense_blocks": codes[DENSE],
+        "loop_order": mapping.loop_order,
+        "weight_residence": mapping.weight_residence,
+        "input_residence": mapping.input_residence,
+        "steps": len(mapping.steps),
+        "passes": int(mapping.passes.sum()),
+        "compute_cycles": pass_cycles,
+        "latency_cycles": latency,
+        "bound": max(stalls, key=lambda name: stalls[name]),
+        **{f"{name}_bound_cycles": cycles for name, cycles in stalls.items()},
+        "pe_utilization": run.totals["busy"] / (machine.array.rows * pass_cycles),
+        **classes,
+        "dram_weight_bytes": mapping.totals["load_weight_bytes"] + mapping.totals["stream_bytes"],
+        "dram_input_bytes": mapping.totals["load_input_bytes"],
+        "dram_output_bytes": mapping.totals["store_bytes"],
+        "dram_bytes": mapping.traffic_bytes,
+        "average_bandwidth_gb_per_s": mapping.traffic_bytes / seconds / 1e9,
+        "peak_bandwidth_gb_per_s": peak,
+        "peak_demand_gb_per_s": demand,
+        "image_bytes": image_bytes,
+        "bits_per_weight": image_bytes * 8 / shape.weight_count,
+        "accumulator_bits_needed": accumulator_bits_needed(run.layer, machine.precision.activation_bits),
+    }
+
+
+def _attribution(mapping: Mapping) -> dict[str, int]:
+    """Cycles of the latency by what bounds them; they sum to the latency.
+
+    A step in which the channel takes longer than the passes gives the difference to the class that it spends most cycles on.
+    """
+    busy = sum(mapping.column(name) for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles"))
+    stall = mapping.column("step_cycles") - busy
+    load_weights, load_inputs = mapping.column("load_weight_cycles"), mapping.column("load_input_cycles")
+    store = mapping.column("store_cycles")
+    weights = mapping.column("stream_cycles") + np.append(load_weights[1:], 0)
+    inputs = np.append(load_inputs[1:], 0)
+    outputs = np.insert(store[:-1], 0, 0)
+    most = np.argmax(np.stack([weights, inputs, outputs]), axis=0)
+    return {
+        "compute": mapping.totals["pass_cycles"],
+        "fill": mapping.totals["fill_stall_cycles"],
+        "drain": mapping.totals["drain_stall_cycles"],
+        "weights": int(stall[most == 0].sum() + load_weights[0]),
+        "activations": int(stall[most == 1].sum() + load_inputs[0]),
+        "outputs": int(stall[most == 2].sum() + store[-1]),
+    }
+
+
+def _peak_bandwidth(mapping: Mapping, machine: Machine) -> tuple[float, float]:
+    """``(peak, demand)`` in GB/s: the highest of any step, and what the step would need not to wait for the channel."""
+    moved = mapping.column("stream_bytes").copy()
+    moved[:-1] += mapping.column("load_weight_bytes")[1:] + mapping.column("load_input_bytes")[1:]
+    moved[1:] += mapping.column("store_bytes")[:-1]
+    busy = sum(mapping.column(name) for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles"))
+    gb_per_s = machine.clock_mhz * 1e6 / 1e9
+    peak = float((moved / mapping.column("step_cycles")).max()) * gb_per_s
+    demand = float((moved / busy).max()) * gb_per_s
+    return peak, demand
+
+
+def _add_baselines(rows: list[dict[str, Any]], dense: list[LayerRun], equal: list[LayerRun]) -> None:
+    nothing = float("nan")
+    for index, row in enumerate(rows):
+        same = dense[index] if dense else None
+        larger = equal[index] if equal else None
+        row["dense_compute_cycles"] = same.totals["cycles"] if same else nothing
+        row["dense_latency_cycles"] = same.mapping.latency_cycles if same else nothing
+        row["dense_dram_bytes"] = same.mapping.traffic_bytes if same else nothing
+        row["equal_area_latency_cycles"] = larger.mapping.latency_cycles if larger else nothing
+        row["speedup_compute_only"] = row["dense_compute_cycles"] / row["compute_cycles"]
+        row["speedup_with_memory"] = row["dense_latency_cycles"] / row["latency_cycles"]
+        row["speedup_equal_area"] = row["equal_area_latency_cycles"] / row["latency_cycles"]
+
+
+def _long_energy(
+    names: list[str], energy: NDArray[np.float64], dense_energy: NDArray[np.float64] | None
+) -> pd.DataFrame:
+    layers, components = energy.shape
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(np.array(names, object), components),
+            "component": np.tile(np.array(ENERGY_COMPONENTS, object), layers),
+            "energy_pj": energy.reshape(-1),
+            "dense_energy_pj": np.nan if dense_energy is None else dense_energy.reshape(-1),
+        }
+    )
+
+
+def _long_storage(names: list[str], runs: list[LayerRun]) -> pd.DataFrame:
+    parts = [run.sizes.part_bytes for run in runs]
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(np.array(names, object), len(PARTS)),
+            "stream": np.tile(np.array(PARTS, object), len(runs)),
+            "size_bits": [8 * sizes[part] for sizes in parts for part in PARTS],
+        }
+    )
