@@ -1,0 +1,40 @@
+"""compress: train a network into micro-structured blocks and hand it to the hardware.
+
+Importing the package is cheap: names are looked up on first use, and torch is imported only by those that
+need it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "ADMM": "compress.admm",
+    "CompressedLayer": "compress.layers",
+    "CompressionConfig": "compress.rules",
+    "CompressionResult": "compress.fit",
+    "MaskedRetraining": "compress.retrain",
+    "Plan": "compress.rules",
+    "Progress": "compress.fit",
+    "Recipe": "compress.rules",
+    "Rule": "compress.rules",
+    "check_invariants": "compress.retrain",
+    "compress": "compress.fit",
+    "dequantize": "compress.quantize",
+    "load_config": "compress.rules",
+    "parse_config": "compress.rules",
+    "plan_layers": "compress.rules",
+    "project": "compress.projection",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Literal
 
 import numpy as np
@@ -23,6 +25,7 @@ __all__ = [
     "QuantizedWeights",
     "Requantizer",
     "check_types",
+    "random_layers",
     "random_types",
     "type_counts",
 ]
@@ -313,8 +316,6 @@ def type_counts(blocks: int, pruned: float, unified: float) -> tuple[int, int]:
     >>> type_counts(10, 0.3, 0.7)
     (3, 7)
     """
-    from decimal import Decimal
-
     p, u = Decimal(str(pruned)), Decimal(str(unified))
     problems = [
         Problem(name, f"{ratio}, must lie in [0, 1]")
@@ -341,3 +342,26 @@ def random_types(
     flat[:count_pruned] = PRUNED
     flat[count_pruned : count_pruned + count_unified] = UNIFIED
     return rng.permutation(flat).reshape(shape.groups, m_blocks, k_blocks)
+
+
+def random_layers(
+    shapes: Sequence[LayerShape],
+    block: tuple[int, int],
+    pruned: float,
+    unified: float,
+    seed: int,
+    *,
+    exempt_first_last: bool = True,
+) -> list[Layer]:
+    """Layers with random block maps of exact ratios; with ``exempt_first_last`` the first and the last are all DENSE.
+
+    The same seed gives each layer the same map, whatever the other layers are.
+    """
+    layers = []
+    for index, shape in enumerate(shapes):
+        exempt = exempt_first_last and index in (0, len(shapes) - 1)
+        p, u = (0.0, 0.0) if exempt else (pruned, unified)
+        layers.append(
+            Layer(shape, block, random_types(shape, block, p, u, np.random.default_rng([seed, index])))
+        )
+    return layers

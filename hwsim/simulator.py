@@ -380,15 +380,26 @@ def _attribution(mapping: Mapping) -> dict[str, int]:
 
 
 def _peak_bandwidth(mapping: Mapping, machine: Machine) -> tuple[float, float]:
-    """``(peak, demand)`` in GB/s: the highest of any step, and what the step would need not to wait for the channel."""
-    moved = mapping.column("stream_bytes").copy()
-    moved[:-1] += mapping.column("load_weight_bytes")[1:] + mapping.column("load_input_bytes")[1:]
-    moved[1:] += mapping.column("store_bytes")[:-1]
-    busy = sum(mapping.column(name) for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles"))
-    gb_per_s = machine.clock_mhz * 1e6 / 1e9
-    peak = float((moved / mapping.column("step_cycles")).max()) * gb_per_s
-    demand = float((moved / busy).max()) * gb_per_s
-    return peak, demand
+    """``(peak, demand)`` in GB/s: the highest flow of any phase, and the flow at which no pass would wait.
+
+    Phases are ``load_0``, the steps and the last store. The demand is the layer's traffic over the time of its passes.
+    """
+    loads = mapping.column("load_weight_bytes") + mapping.column("load_input_bytes")
+    stores = mapping.column("store_bytes")
+    moved = np.empty(len(loads) + 2, np.int64)
+    moved[0], moved[-1] = loads[0], stores[-1]
+    moved[1:-1] = mapping.column("stream_bytes")
+    moved[1:-2] += loads[1:]
+    moved[2:-1] += stores[:-1]
+    cycles = np.empty(len(moved), np.int64)
+    load_cycles = mapping.column("load_weight_cycles")[0] + mapping.column("load_input_cycles")[0]
+    cycles[0], cycles[-1] = max(load_cycles, 1), max(mapping.column("store_cycles")[-1], 1)
+    cycles[1:-1] = mapping.column("step_cycles")
+    gb_per_s_per_byte_per_cycle = machine.clock_mhz / 1e3
+    totals = mapping.totals
+    busy = totals["pass_cycles"] + totals["fill_stall_cycles"] + totals["drain_stall_cycles"]
+    peak = float((moved / cycles).max()) * gb_per_s_per_byte_per_cycle
+    return peak, mapping.traffic_bytes / busy * gb_per_s_per_byte_per_cycle
 
 
 def _add_baselines(rows: list[dict[str, Any]], dense: list[LayerRun], equal: list[LayerRun]) -> None:

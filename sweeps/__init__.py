@@ -1,0 +1,34 @@
+"""sweeps: design spaces, the result store, Pareto fronts, figures and the report.
+
+Importing the package is cheap: names are looked up on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "Plot": "sweeps.figures",
+    "Point": "sweeps.space",
+    "ResultStore": "sweeps.store",
+    "Space": "sweeps.space",
+    "hypervolume": "sweeps.pareto",
+    "knee_point": "sweeps.pareto",
+    "load_space": "sweeps.space",
+    "machine_for_block": "sweeps.space",
+    "pareto_front": "sweeps.pareto",
+    "save_plot": "sweeps.figures",
+    "write_report": "sweeps.html",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'sweeps' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

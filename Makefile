@@ -1,0 +1,59 @@
+# make demo [QUICK=1]   set up, then train, compress, simulate, sweep and plot on real images
+# make test             set up, then the tests
+# make test-slow        the tests that take minutes
+# make bench            the benchmarks
+# make lint             ruff and mypy
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+IMAGES := /usr/share/datasets/fashion-mnist
+OUT ?= results/demo
+
+.PHONY: demo test test-slow bench lint setup data clean
+
+demo: setup data
+	$(BIN)/hwsim demo --out $(OUT) $(if $(QUICK),--quick)
+
+test: setup data
+	$(BIN)/python -m pytest
+
+test-slow: setup data
+	$(BIN)/python -m pytest -m slow
+
+bench: setup
+	$(BIN)/python -m pytest tests/bench -m "" --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: $(VENV)/.ready
+
+# torch first and by itself, so that nothing asks for a newer build of it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version); try make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ready
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+# Debian's package of the images, where apt and the rights are there; else hwsim looks in its cache, downloads, or falls back.
+data:
+	@if [ ! -d $(IMAGES) ] && command -v apt-get >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then asroot=; elif sudo -n true 2>/dev/null; then asroot="sudo -n"; else exit 0; fi; \
+	  echo "installing Debian's dataset-fashion-mnist"; \
+	  ($$asroot apt-get -qq install -y dataset-fashion-mnist || \
+	    ($$asroot apt-get -qq update && $$asroot apt-get -qq install -y dataset-fashion-mnist)) >/dev/null 2>&1 || \
+	    echo "could not install it; hwsim will look elsewhere for the images"; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

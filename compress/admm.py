@@ -1,0 +1,384 @@
+"""ADMM: pull the weights towards the compressed form while the user's own loop trains the network.
+
+``min f(W) + Σ_l ρ_l/2 · ‖W_l − Z_l + U_l‖²``: the optimizer moves W, `ADMM.step` sets ``Z = Π(W + U)`` with
+types chosen anew and ``U += W − Z``.
+
+Source: Boyd et al., "Distributed Optimization and Statistical Learning via the Alternating Direction Method
+of Multipliers" (2011), section 3; for weights: Zhang et al., "A Systematic DNN Weight Pruning Framework using
+Alternating Direction Method of Multipliers", ECCV 2018.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.projection import Projection, project
+from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
+from hwsim.errors import FormatError, InputError, Problem, nearest_name
+from hwsim.layer import DENSE
+
+__all__ = ["ADMM", "Residual", "project_layer"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How far one layer was from its compressed form at one update.
+
+    Attributes
+    ----------
+    layer : str
+    update : int
+        Counted from 1.
+    rho : float
+        The penalty in force before the update.
+    primal : float
+        ``‖W − Z‖ / ‖W‖``: what a projection at this moment would take away.
+    dual : float
+        ``ρ·‖Z − Z_old‖ / ‖W‖``: how far the target moved.
+    type_changes : float
+        Share of the blocks whose type changed.
+    sign_flips : float
+        Share of the weights whose target changed its sign.
+    """
+
+    layer: str
+    update: int
+    rho: float
+    primal: float
+    dual: float
+    type_changes: float
+    sign_flips: float
+
+
+@dataclass(eq=False)
+class _State:
+    """The ADMM variables of one layer; ``pull = Z − U`` is what the penalty needs at every step."""
+
+    layer: PlannedLayer
+    weight: nn.Parameter
+    curvature: Tensor | None
+    rho: float
+    target: Tensor
+    dual: Tensor
+    types: Tensor
+    pull: Tensor
+
+
+class _Penalty(torch.autograd.Function):
+    """``Σ ρ/2 · Σ h·(W − pull)²`` with its gradient ``ρ·h·(W − pull)``: one pass forwards, one backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, states: list[_State], *weights: Tensor) -> Tensor:
+        value = weights[0].new_zeros(())
+        gradients = []
+        for state, weight in zip(states, weights, strict=True):
+            difference = weight - state.pull
+            gradient = difference if state.curvature is None else difference * state.curvature
+            value.add_(torch.dot(difference.flatten(), gradient.flatten()), alpha=state.rho / 2)
+            gradients.append(gradient)
+        ctx.save_for_backward(*gradients)
+        ctx.rhos = [state.rho for state in states]
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        factor = float(grad_output)
+        return None, *(g * (factor * rho) for g, rho in zip(ctx.saved_tensors, ctx.rhos, strict=True))
+
+
+class ADMM:
+    """Alternating direction method of multipliers for the compressed form of a network.
+
+    Parameters
+    ----------
+    model : nn.Module
+    config : CompressionConfig or Plan
+    rho : float or mapping from layer name to float
+        Penalty of the first update; of every compressed layer where it is a mapping.
+    rho_growth : float
+        Factor per update; the scaled dual shrinks by the same factor.
+    rho_max : float
+        Ceiling of the growth.
+    curvature : mapping from layer name to Tensor of the weight's shape, optional
+        A diagonal ``h ≥ 0``; penalty and projection of that layer then use the norm ``Σ h·x²``.
+
+    Attributes
+    ----------
+    plan : Plan
+    residuals : list of Residual
+        One per layer and update.
+    updates : int
+
+    Raises
+    ------
+    InputError
+        NaN or infinite weights, names that are no compressed layer, a ρ that is not positive.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    >>> config = CompressionConfig(block=(2, 2), exempt_first_last=False)
+    >>> admm = ADMM(model, config, rho=0.1)
+    >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    >>> for epoch in range(3):
+    ...     optimizer.zero_grad()
+    ...     loss = model(torch.ones(1, 8)).square().mean() + admm.penalty()
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     residuals = admm.step()
+    >>> sorted(admm.finalize())
+    ['0', '2']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: CompressionConfig | Plan,
+        *,
+        rho: float | Mapping[str, float] = 3e-2,
+        rho_growth: float = 1.3,
+        rho_max: float = 1.0,
+        curvature: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.plan = config if isinstance(config, Plan) else plan_layers(model, config)
+        compressed = [layer for layer in self.plan.layers if sum(layer.counts)]
+        rhos = dict(rho) if isinstance(rho, Mapping) else {layer.name: float(rho) for layer in compressed}
+        curvature = dict(curvature or {})
+        _check_settings(compressed, rhos, rho_growth, rho_max, curvature)
+        self.rho_growth = rho_growth
+        self.rho_max = rho_max
+        self.updates = 0
+        self.residuals: list[Residual] = []
+        self._states = [_start(layer, rhos[layer.name], curvature.get(layer.name)) for layer in compressed]
+
+    @property
+    def rho(self) -> dict[str, float]:
+        """The penalty in force, by layer."""
+        return {state.layer.name: state.rho for state in self._states}
+
+    def penalty(self) -> Tensor:
+        """``Σ_l ρ_l/2 · ‖W_l − Z_l + U_l‖²``, a scalar to add to the loss; differentiable once."""
+        if not self._states:
+            return torch.zeros(())
+        penalty: Tensor = _Penalty.apply(self._states, *(state.weight for state in self._states))
+        return penalty
+
+    @torch.no_grad()
+    def step(self) -> list[Residual]:
+        """The dual update, called every epoch or every few thousand steps; restart the learning rate with it.
+
+        Returns
+        -------
+        list of Residual
+            Of this update, one per layer; also appended to ``residuals``.
+
+        Raises
+        ------
+        InputError
+            Weights have become NaN or infinite.
+        """
+        self.updates += 1
+        latest = [self._update(state) for state in self._states]
+        self.residuals += latest
+        for line in latest:
+            _log.debug("%s", line)
+        return latest
+
+    def _update(self, state: _State) -> Residual:
+        weight = state.weight.detach()
+        projection = project_layer(state.layer, weight + state.dual, state.curvature)
+        size = max(float(torch.linalg.vector_norm(weight)), torch.finfo(weight.dtype).tiny)
+        moved = float(torch.linalg.vector_norm(projection.weight - state.target))
+        gap = weight - projection.weight
+        residual = Residual(
+            layer=state.layer.name,
+            update=self.updates,
+            rho=state.rho,
+            primal=float(torch.linalg.vector_norm(gap)) / size,
+            dual=state.rho * moved / size,
+            type_changes=float((projection.types != state.types).float().mean()),
+            sign_flips=float((projection.weight * state.target < 0).float().mean()),
+        )
+        rho = max(state.rho, min(state.rho * self.rho_growth, self.rho_max))
+        state.target, state.types = projection.weight, projection.types
+        state.dual = (state.dual + gap) * (state.rho / rho)
+        state.rho = rho
+        state.pull = state.target - state.dual
+        return residual
+
+    def warnings(self, tolerance: float = 0.1, type_tolerance: float = 0.02) -> list[str]:
+        """What has not converged and what to change, one line per layer; empty where all is well.
+
+        Parameters
+        ----------
+        tolerance : float
+            Largest primal residual that passes.
+        type_tolerance : float
+            Largest share of block types that may still have changed at the last update.
+        """
+        if self._states and not self.updates:
+            return ["admm.step() was never called: the projection is one-shot, from unprepared weights"]
+        lines = []
+        for last in self.residuals[len(self.residuals) - len(self._states) :]:
+            if last.primal > tolerance:
+                lines.append(
+                    f"{last.layer}: primal residual {last.primal:.2g} after {last.update} updates is above "
+                    f"{tolerance:g}: the projection will move the weights by that share; raise rho "
+                    f"(now {last.rho:.2g}), rho_growth (now {self.rho_growth:g}) or rho_max "
+                    f"(now {self.rho_max:g}), or train for more updates"
+                )
+            elif last.type_changes > type_tolerance:
+                lines.append(
+                    f"{last.layer}: {last.type_changes:.1%} of the block types changed at the last of "
+                    f"{last.update} updates, above {type_tolerance:.0%}: train for more updates, or raise rho "
+                    f"(now {last.rho:.2g})"
+                )
+        return lines
+
+    @torch.no_grad()
+    def finalize(self) -> dict[str, Tensor]:
+        """Project the weights for good, in place, and log what has not converged.
+
+        Returns
+        -------
+        dict from layer name to uint8 Tensor ``[groups, Mb, Kb]``
+            The frozen types of every layer of the plan; exempt layers are DENSE throughout.
+        """
+        for line in self.warnings():
+            _log.warning("%s", line)
+        types = {
+            layer.name: torch.full(layer.types_shape, DENSE, dtype=torch.uint8) for layer in self.plan.layers
+        }
+        for state in self._states:
+            projection = project_layer(state.layer, state.weight, state.curvature)
+            state.weight.copy_(projection.weight)
+            types[state.layer.name] = projection.types
+        return types
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that an exact resumption needs, flat and of tensors only, as safetensors takes it."""
+        state = {"rho": torch.tensor([state.rho for state in self._states], dtype=torch.float64)}
+        numbers = [astuple(residual)[1:] for residual in self.residuals]
+        state["residuals"] = torch.tensor(numbers, dtype=torch.float64).reshape(
+            self.updates, len(self._states), _RESIDUAL_NUMBERS
+        )
+        for item in self._states:
+            for field in _STATE_TENSORS:
+                state[f"{item.layer.name}.{field}"] = getattr(item, field).clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict`; the model's own weights and the optimizer are restored by the caller.
+
+        Raises
+        ------
+        FormatError
+            Entries that are missing, unknown or of another shape, all of them named; nothing is changed then.
+        """
+        expected = {key: value for key, value in self.state_dict().items() if key != "residuals"}
+        problems = [Problem(key, "missing") for key in sorted((set(expected) | {"residuals"}) - set(state))]
+        for key, value in state.items():
+            if key == "residuals":
+                if value.dim() != 3 or tuple(value.shape[1:]) != (len(self._states), _RESIDUAL_NUMBERS):
+                    problems.append(
+                        Problem(
+                            key,
+                            f"shape {tuple(value.shape)}, expected [n, {len(self._states)}, {_RESIDUAL_NUMBERS}]",
+                        )
+                    )
+            elif key not in expected:
+                problems.append(Problem(key, "unknown entry", nearest_name(key, expected)))
+            elif value.shape != expected[key].shape or value.dtype != expected[key].dtype:
+                found, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (value, expected[key]))
+                problems.append(
+                    Problem(key, f"{found}, expected {wanted}", "was it another block or network?")
+                )
+        if problems:
+            raise FormatError("ADMM state", problems)
+        self.updates = state["residuals"].shape[0]
+        self.residuals = [
+            Residual(item.layer.name, int(row[0]), *row[1:])
+            for update in state["residuals"].tolist()
+            for item, row in zip(self._states, update, strict=True)
+        ]
+        for item, rho in zip(self._states, state["rho"].tolist(), strict=True):
+            for field in _STATE_TENSORS:
+                setattr(item, field, state[f"{item.layer.name}.{field}"].to(item.weight.device, copy=True))
+            item.rho = rho
+            item.pull = item.target - item.dual
+
+
+_STATE_TENSORS = ("target", "dual", "types")
+_RESIDUAL_NUMBERS = 6
+
+
+def project_layer(layer: PlannedLayer, weight: Tensor, curvature: Tensor | None = None) -> Projection:
+    """The projection of a weight by the settings of its layer; see `compress.projection.project`."""
+    settings = layer.settings
+    return project(
+        weight,
+        settings.block,
+        settings.pruned,
+        settings.unified,
+        groups=layer.groups,
+        column_order=settings.column_order,
+        method=settings.projection,
+        curvature=curvature,
+        name=layer.name,
+    )
+
+
+def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None) -> _State:
+    weight = layer.module.get_parameter("weight")
+    projection = project_layer(layer, weight, curvature)
+    target = projection.weight
+    if curvature is not None:
+        curvature = curvature.detach().to(weight)
+    return _State(layer, weight, curvature, rho, target, torch.zeros_like(target), projection.types, target)
+
+
+def _check_settings(
+    layers: list[PlannedLayer],
+    rhos: dict[str, float],
+    rho_growth: float,
+    rho_max: float,
+    curvature: dict[str, Tensor],
+) -> None:
+    shapes = {layer.name: layer.weight_shape for layer in layers}
+    problems = [
+        Problem(f"{field}.{name}", "no such compressed layer", nearest_name(name, shapes))
+        for field, given in (("rho", rhos), ("curvature", curvature))
+        for name in given
+        if name not in shapes
+    ]
+    problems += [
+        Problem(f"rho.{name}", "missing", "every compressed layer needs one")
+        for name in shapes
+        if name not in rhos
+    ]
+    problems += [
+        Problem(f"rho.{name}", f"{rho}, must be positive and finite")
+        for name, rho in rhos.items()
+        if not 0 < rho < math.inf
+    ]
+    if not 1 <= rho_growth < math.inf:
+        problems.append(Problem("rho_growth", f"{rho_growth}, must be at least 1 and finite"))
+    if not 0 < rho_max < math.inf:
+        problems.append(Problem("rho_max", f"{rho_max}, must be positive and finite"))
+    problems += [
+        Problem(f"curvature.{name}", f"shape {tuple(h.shape)}, the weight has {shapes[name]}")
+        for name, h in curvature.items()
+        if name in shapes and tuple(h.shape) != shapes[name]
+    ]
+    if problems:
+        raise InputError("ADMM", problems)

@@ -1,0 +1,136 @@
+"""Between torch and the file: pack a compressed network into an artifact, and build the networks of an artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress import zoo
+from compress.artifact import Artifact, DatasetNote
+from compress.integer import IntegerModel
+from compress.layers import CompressedLayer
+from compress.shapes import layer_shapes
+from compress.train import state_problems
+from hwsim.errors import FormatError, InputError, Problem
+
+__all__ = ["make_artifact", "rebuild", "rebuild_integer"]
+
+
+def make_artifact(
+    model: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    *,
+    network: str = "",
+    integer_model: IntegerModel | None = None,
+    seed: int = 0,
+    recipe: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+    dataset: DatasetNote | None = None,
+) -> Artifact:
+    """Everything that a file needs of a compressed network.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Its weights of ``layers`` are integer × step size; all its other parameters and buffers are stored as they are.
+    layers : mapping of str to CompressedLayer
+        By module name.
+    input_shape : tuple of int
+        Of one input, without the batch.
+    num_classes : int
+    network : str
+        Name in the zoo; empty for a network of the user's own.
+    integer_model : IntegerModel, optional
+        Gives requantisers and activation scales.
+    seed : int
+    recipe, results : mapping, optional
+        JSON values: how it was compressed, and what was measured.
+    dataset : DatasetNote, optional
+
+    Raises
+    ------
+    InputError
+        The network does not take such an input.
+    """
+    compressed = dict(layers) | (integer_model.layers if integer_model else {})
+    modules = dict(model.named_modules())
+    held = {f"{name}.weight" for name in compressed}
+    state = {
+        name: (values.float() if values.is_floating_point() else values).detach().cpu().contiguous().numpy()
+        for name, values in model.state_dict().items()
+        if name not in held
+    }
+    return Artifact(
+        network=network,
+        num_classes=num_classes,
+        input_shape=tuple(input_shape),
+        compressed=compressed,
+        weight_shapes={name: tuple(modules[name].get_parameter("weight").shape) for name in compressed},
+        shapes=tuple(layer_shapes(model, input_shape)),
+        state=state,
+        activations=integer_model.activations if integer_model else {},
+        activation_bits=integer_model.activation_bits if integer_model else 8,
+        accumulator_bits=integer_model.accumulator_bits if integer_model else 32,
+        seed=seed,
+        recipe=dict(recipe or {}),
+        results=dict(results or {}),
+        dataset=dataset,
+    )
+
+
+def rebuild(artifact: Artifact, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The float network of an artifact, in evaluation mode.
+
+    The weight of every compressed module is ``integer × step size`` in float32, bit for bit; everything else is what was
+    stored.
+
+    Parameters
+    ----------
+    artifact : Artifact
+    factory : callable, optional
+        ``factory()`` gives the network; needed where it is not one of the zoo. Its weights do not matter.
+
+    Raises
+    ------
+    InputError
+        No factory for a network that is not in the zoo.
+    FormatError
+        Names or shapes in the artifact are not those of the network.
+    """
+    if factory is None and not artifact.network:
+        hint = "rebuild(artifact, factory=YourNetwork)"
+        raise InputError("rebuild", Problem("network", "the file does not name a network of the zoo", hint))
+    model = factory() if factory is not None else zoo.build(artifact.network, artifact.num_classes, device="meta")
+    state = {name: torch.from_numpy(values.copy()) for name, values in artifact.state.items()}
+    state |= {f"{name}.weight": torch.from_numpy(artifact.weight(name)) for name in artifact.compressed}
+    problems = state_problems(model, state)
+    if problems:
+        raise FormatError(f"artifact of {artifact.network or 'a network of your own'}", problems)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def rebuild_integer(artifact: Artifact, factory: Callable[[], nn.Module] | None = None) -> IntegerModel:
+    """The integer model of an artifact, with the very integers that were stored.
+
+    Raises
+    ------
+    InputError
+        The artifact was saved without calibrated activations; or as `rebuild`.
+    FormatError
+        As `rebuild`.
+    """
+    if not artifact.activations:
+        raise InputError("rebuild", Problem("activations", "were not calibrated before the file was saved"))
+    return IntegerModel(
+        rebuild(artifact, factory),
+        artifact.compressed,
+        artifact.activations,
+        artifact.activation_bits,
+        artifact.accumulator_bits,
+    )

@@ -1,0 +1,435 @@
+"""What is to be done to which layer: the configuration, the training recipe, and the plan for one network.
+
+The configuration needs no torch, so that a sweep can read, compare and hash thousands of them.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.layer import type_counts
+from hwsim.machine import validation_problems
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "CompressionConfig",
+    "LayerSettings",
+    "Plan",
+    "PlannedLayer",
+    "Recipe",
+    "Rule",
+    "Untreated",
+    "load_config",
+    "parse_config",
+    "plan_layers",
+]
+
+Block = tuple[
+    Annotated[int, Field(strict=True, ge=1, le=256)], Annotated[int, Field(strict=True, ge=1, le=256)]
+]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+Bits = Annotated[int, Field(strict=True, ge=2, le=8)]
+Epochs = Annotated[int, Field(strict=True, ge=0, le=100_000)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LayerSettings(_Settings):
+    """What is done to one layer.
+
+    Attributes
+    ----------
+    block : tuple of int
+        ``(g_o, g_k)``: output channels × reduction positions.
+    pruned, unified : float
+        Shares of the layer's blocks; their sum must not exceed 1, the rest is dense.
+    column_order : {"tap_major", "channel_major"}
+        Fastest index of a row of the matrix: the input channel, or the kernel tap.
+    projection : {"exact", "prune_first"}
+    weight_bits, magnitude_bits : int
+        2 to 8: bits of a dense weight (two's complement) and of a shared magnitude (unsigned).
+    """
+
+    block: Block = (4, 4)
+    pruned: Ratio = 0.5
+    unified: Ratio = 0.5
+    column_order: Literal["tap_major", "channel_major"] = "tap_major"
+    projection: Literal["exact", "prune_first"] = "exact"
+    weight_bits: Bits = 8
+    magnitude_bits: Bits = 8
+
+    @model_validator(mode="after")
+    def _ratios_fit_together(self) -> Self:
+        type_counts(1, self.pruned, self.unified)
+        return self
+
+
+class Rule(_Settings):
+    """Settings for the layers whose name matches; what is left out stays as it was.
+
+    Attributes
+    ----------
+    pattern : str
+        A layer's name, or a shell pattern (``*``, ``?``, ``[…]``; ``*`` also spans dots): ``"features.*"``.
+    exempt : bool, optional
+        True: every block stays dense (the layer is only quantised). False: lifts the exemption of the first
+        and last layer.
+    """
+
+    pattern: Annotated[str, Field(min_length=1)]
+    exempt: bool | None = None
+    block: Block | None = None
+    pruned: Ratio | None = None
+    unified: Ratio | None = None
+    column_order: Literal["tap_major", "channel_major"] | None = None
+    projection: Literal["exact", "prune_first"] | None = None
+    weight_bits: Bits | None = None
+    magnitude_bits: Bits | None = None
+
+    def changes(self) -> dict[str, Any]:
+        """The layer settings that the rule sets."""
+        return self.model_dump(exclude={"pattern", "exempt"}, exclude_none=True)
+
+
+class CompressionConfig(LayerSettings):
+    """Settings of every layer, and rules for some.
+
+    Attributes
+    ----------
+    rules : tuple of Rule
+        All rules whose pattern matches apply, in order: the later one wins.
+    exempt_first_last : bool
+        Whether the first and the last layer that the method can treat, in order of registration, stay dense.
+
+    Examples
+    --------
+    >>> config = CompressionConfig(block=(4, 4), pruned=0.75, unified=0.25, rules=[{"pattern": "fc*", "pruned": 0.5}])
+    >>> config.rules[0].changes()
+    {'pruned': 0.5}
+    """
+
+    rules: tuple[Rule, ...] = ()
+    exempt_first_last: bool = True
+
+
+class Recipe(_Settings):
+    """How a network is trained into its compressed form.
+
+    Attributes
+    ----------
+    epochs_admm, epochs_retrain : int
+        Epochs with the ADMM penalty, and of masked retraining. With ``epochs_admm = 0`` the weights are
+        projected in one shot.
+    lr, lr_retrain : float
+        Learning rate of Adam at the start of every ADMM update and of the retraining.
+    lr_floor : float
+        Share of the learning rate that is left at the end of each (cosine).
+    rho, rho_growth, rho_max : float
+        Penalty of the first update, its growth per update and its ceiling.
+    updates_per_epoch : int
+        ADMM updates in an epoch.
+    batch_size : int
+        Used where the training data comes as tensors.
+    seed : int
+
+    Notes
+    -----
+    Source: ρ 3e-2 × 1.3 per epoch with Adam at 1e-3 was the best of those measured on LeNet-5
+    (``docs/method.md``); ADMM in general: Zhang et al., "A Systematic DNN Weight Pruning Framework using
+    Alternating Direction Method of Multipliers", ECCV 2018.
+    """
+
+    epochs_admm: Epochs = 8
+    epochs_retrain: Epochs = 4
+    lr: Positive = 1e-3
+    lr_retrain: Positive = 1e-3
+    lr_floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    rho: Positive = 3e-2
+    rho_growth: Annotated[float, Field(ge=1, le=100)] = 1.3
+    rho_max: Positive = 1.0
+    updates_per_epoch: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 1
+    batch_size: Annotated[int, Field(strict=True, ge=1, le=1 << 20)] = 64
+    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 63)] = 0
+
+
+def parse_config(data: dict[str, Any], source: str = "compression config") -> CompressionConfig:
+    """A configuration from a dict, such as the content of a TOML file.
+
+    Raises
+    ------
+    InputError
+        With every problem found; ``source`` stands in front.
+    """
+    problems = []
+    rules = data.get("rules", ())
+    if not isinstance(rules, list | tuple):
+        problems.append(
+            Problem("rules", "must be a list of rules", "in TOML: [[rules]], one heading per rule")
+        )
+        rules = ()
+    for position, rule in enumerate(rules):
+        problems += [
+            Problem(f"rules.{position}.{problem.field}", problem.message, problem.hint)
+            for problem in _problems_of(Rule, rule)
+        ]
+    problems += _problems_of(CompressionConfig, {key: value for key, value in data.items() if key != "rules"})
+    if problems:
+        raise InputError(source, problems)
+    return CompressionConfig.model_validate(data)
+
+
+def _problems_of(kind: type[_Settings], data: Any) -> list[Problem]:
+    try:
+        kind.model_validate(data)
+    except ValidationError as error:
+        return validation_problems(error, kind)
+    return []
+
+
+def load_config(path: str | Path) -> CompressionConfig:
+    """A configuration from a TOML file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is not TOML, or is not a valid configuration.
+    """
+    try:
+        data = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(str(path), f"not valid TOML: {error}") from None
+    return parse_config(data, str(path))
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedLayer:
+    """A layer that the method treats, with everything resolved.
+
+    Attributes
+    ----------
+    name : str
+    module : nn.Module
+        The Linear or Conv1d/2d/3d itself.
+    weight_shape : tuple of int
+    groups : int
+    settings : LayerSettings
+        Of an exempt layer both ratios are 0.
+    exempt : bool
+    """
+
+    name: str
+    module: nn.Module
+    weight_shape: tuple[int, ...]
+    groups: int
+    settings: LayerSettings
+    exempt: bool
+
+    @property
+    def m(self) -> int:
+        """Output channels of one group."""
+        return self.weight_shape[0] // self.groups
+
+    @property
+    def k(self) -> int:
+        """Reduction positions of one group."""
+        return math.prod(self.weight_shape[1:])
+
+    @property
+    def types_shape(self) -> tuple[int, int, int]:
+        """``(groups, Mb, Kb)``."""
+        g_o, g_k = self.settings.block
+        return self.groups, -(-self.m // g_o), -(-self.k // g_k)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """``(P, U)``: blocks to prune and to unify."""
+        return type_counts(math.prod(self.types_shape), self.settings.pruned, self.settings.unified)
+
+
+@dataclass(frozen=True)
+class Untreated:
+    """A module with weights that the method leaves alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What happens to every module of a network.
+
+    Attributes
+    ----------
+    layers : tuple of PlannedLayer
+        In order of registration.
+    untreated : tuple of Untreated
+        Every other module with weights of its own, biases and normalisation apart, which the method never
+        touches.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    untreated: tuple[Untreated, ...]
+
+
+def plan_layers(model: nn.Module, config: CompressionConfig) -> Plan:
+    """Decide for every module of a network what is done to it.
+
+    Parameters
+    ----------
+    model : nn.Module
+    config : CompressionConfig
+
+    Raises
+    ------
+    InputError
+        A rule that matches no layer, or only layers on which it has no effect; ratios that do not fit
+        together after the rules; a network in which the method can treat nothing.
+    """
+    found, untreated = _sort_modules(model)
+    problems = list(_rule_problems(config, [name for name, _ in found], untreated))
+    if not found:
+        problems.append(
+            Problem("", "no Linear or Conv1d/2d/3d that the method can treat", _listed(untreated))
+        )
+    layers = []
+    for position, (name, module) in enumerate(found):
+        exempt = config.exempt_first_last and position in (0, len(found) - 1)
+        changes: dict[str, Any] = {}
+        for rule in config.rules:
+            if fnmatchcase(name, rule.pattern):
+                changes |= rule.changes()
+                exempt = exempt if rule.exempt is None else rule.exempt
+        base = config.model_dump(include=set(LayerSettings.model_fields))
+        if exempt:
+            changes |= {"pruned": 0.0, "unified": 0.0}
+        try:
+            settings = LayerSettings.model_validate(base | changes)
+        except ValidationError as error:
+            problems += [
+                Problem(f"{name}.{problem.field}", problem.message, "after all rules that match this layer")
+                for problem in validation_problems(error, LayerSettings)
+            ]
+            continue
+        shape, groups = tuple(module.get_parameter("weight").shape), getattr(module, "groups", 1)
+        layers.append(PlannedLayer(name, module, shape, groups, settings, exempt))
+    if not problems:
+        problems += _idle_rules(config, layers)
+    if problems:
+        raise InputError("compression plan", problems)
+    return Plan(tuple(layers), tuple(untreated))
+
+
+def _listed(untreated: list[Untreated]) -> str:
+    return "; ".join(f"{item.name}: {item.reason}" for item in untreated) or "it has no weights at all"
+
+
+def _rule_problems(
+    config: CompressionConfig, names: list[str], untreated: list[Untreated]
+) -> Iterator[Problem]:
+    for position, rule in enumerate(config.rules):
+        if any(fnmatchcase(name, rule.pattern) for name in names):
+            continue
+        field = f"rules.{position}.pattern"
+        refused = [item for item in untreated if fnmatchcase(item.name, rule.pattern)]
+        if refused:
+            yield Problem(
+                field, f'"{rule.pattern}" matches only what the method cannot treat', _listed(refused)
+            )
+        else:
+            yield Problem(field, f'"{rule.pattern}" matches no layer', nearest_name(rule.pattern, names))
+
+
+def _idle_rules(config: CompressionConfig, layers: list[PlannedLayer]) -> Iterator[Problem]:
+    """Ratios asked for layers that stay dense: refused, since the user would look for an effect in vain."""
+    for position, rule in enumerate(config.rules):
+        asked = [field for field in ("pruned", "unified") if getattr(rule, field)]
+        matched = [layer for layer in layers if fnmatchcase(layer.name, rule.pattern)]
+        if asked and rule.exempt is None and all(layer.exempt for layer in matched):
+            yield Problem(
+                f"rules.{position}.{asked[0]}",
+                f'every layer that "{rule.pattern}" matches is exempt and stays dense',
+                "set exempt = false in the rule, or exempt_first_last = false",
+            )
+    if (config.pruned or config.unified) and all(layer.exempt for layer in layers) and not config.rules:
+        yield Problem(
+            "exempt_first_last",
+            f"all of the {len(layers)} treatable layer(s) are first or last: nothing would be compressed",
+            "set exempt_first_last = false",
+        )
+
+
+def _sort_modules(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[Untreated]]:
+    """Treatable modules with their names, and all others that have weights."""
+    from torch import nn
+
+    owners = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    inside_attention = {
+        id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    found: list[tuple[str, nn.Module]] = []
+    untreated: list[Untreated] = []
+    for name, module in model.named_modules():
+        reason: str | None
+        if id(module) in inside_attention:
+            reason = "its weight is read by MultiheadAttention itself, past the layer's forward"
+        else:
+            reason = _refusal(module, owners)
+        if reason is None:
+            found.append((name, module))
+        elif reason:
+            untreated.append(Untreated(name, reason))
+    return found, untreated
+
+
+def _refusal(module: nn.Module, owners: Counter[int]) -> str | None:
+    """None where the method can treat a module, empty where it has no weights, else the reason."""
+    import torch
+    from torch import nn
+    from torch.nn.parameter import is_lazy
+    from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+    kind = type(module).__name__
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm | ParametrizationList):
+        return ""
+    if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        return f"{kind} has no shape yet; run one batch through the network first"
+    treatable = next(
+        (base for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, base)), None
+    )
+    if treatable is None:
+        # Normalisation and other per-channel parameters have one dimension; the method never touches those.
+        has_weights = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        return f"{kind} is not a Linear or Conv1d/2d/3d" if has_weights or is_parametrized(module) else ""
+    weight = module._parameters.get("weight")
+    if weight is None or is_parametrized(module, "weight"):
+        return (
+            f"the weight of {kind} is computed from other parameters (weight norm or another parametrisation)"
+        )
+    if type(module).forward is not treatable.forward:
+        return f"{kind} overrides {treatable.__name__}.forward"
+    if owners[id(weight)] > 1:
+        return "its weight is shared with another module"
+    if weight.dtype != torch.float32:
+        return f"its weight is {weight.dtype}; the method works in float32 (model.float())"
+    if weight.numel() == 0:
+        return f"its weight is empty, shape {tuple(weight.shape)}"
+    if not weight.requires_grad:
+        return "its weight is frozen (requires_grad is False)"
+    return None

@@ -1,0 +1,358 @@
+"""Training without compression, accuracy, and dense checkpoints. Plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from compress import zoo
+from compress.artifact import DatasetNote, package_versions, read_container, write_container
+from compress.data import Dataset
+from compress.fit import Progress
+from compress.shapes import evaluation_mode
+from hwsim.errors import FormatError, InputError, Problem, nearest_name
+from hwsim.machine import validation_problems
+
+__all__ = [
+    "Checkpoint",
+    "Epoch",
+    "evaluate",
+    "load_checkpoint",
+    "load_weights",
+    "note_of",
+    "save_checkpoint",
+    "train",
+]
+
+CHECKPOINT_FORMAT, CHECKPOINT_VERSION = "hwsim-dense", 1
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training images gave.
+
+    Attributes
+    ----------
+    loss : float
+        Mean cross-entropy over the epoch's batches, as trained (not measured again afterwards).
+    test_accuracy : float
+        Share of the test images, in [0, 1].
+    seconds : float
+        Of training, without the test.
+    """
+
+    epoch: int
+    loss: float
+    test_accuracy: float
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    *,
+    epochs: int,
+    lr: float = 1e-3,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[Epoch, ...]:
+    """Train in place: Adam, cross-entropy, learning rate falling to zero along a half cosine over all steps.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Takes normalised float32 images ``[n, c, h, w]``, gives logits ``[n, classes]``. Left in evaluation mode.
+    data : Dataset
+    epochs : int
+    lr : float
+        Of the first step.
+    batch_size : int
+        The images left over at the end of an epoch's shuffled order sit that epoch out.
+    seed : int
+        Of the order of the images and of dropout. The global generator is left as it was.
+    progress : callable, optional
+        Called with a `Progress` of the phase "train" after every batch.
+
+    Returns
+    -------
+    tuple of Epoch
+
+    Raises
+    ------
+    InputError
+        Settings out of range, a network that does not fit the images or the classes, or a loss that is not finite.
+    """
+    count = len(data.train_labels)
+    _check_settings(epochs, lr, batch_size)
+    _check_fit(model, data)
+    batch_size = min(batch_size, count)
+    batches = count // batch_size
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * batches)
+    history: list[Epoch] = []
+    # oneDNN convolves faster on channels-last weights: the same values in another order of memory.
+    _lay_out(model, torch.channels_last)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for epoch in range(1, epochs + 1):
+            started = time.perf_counter()
+            model.train()
+            order = torch.randperm(count)
+            loss_sum = 0.0
+            for batch in range(batches):
+                chosen = order[batch * batch_size : (batch + 1) * batch_size]
+                loss = _step(model, data, chosen, optimizer)
+                schedule.step()
+                if not math.isfinite(loss):
+                    where = f"{loss} at epoch {epoch}, batch {batch + 1}"
+                    raise InputError("training", Problem("loss", where, f"lower the learning rate ({lr})"))
+                loss_sum += loss
+                if progress is not None:
+                    progress(Progress("train", epoch, epochs, batch + 1, batches, loss))
+            seconds = time.perf_counter() - started
+            test_accuracy = evaluate(model, data.normalise(data.test_images), data.test_labels)
+            history.append(Epoch(epoch, loss_sum / batches, test_accuracy, seconds))
+    _lay_out(model, torch.contiguous_format)
+    model.eval()
+    return tuple(history)
+
+
+def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def _check_settings(epochs: int, lr: float, batch_size: int) -> None:
+    problems = [
+        Problem(name, f"{value}, must be at least 1")
+        for name, value in (("epochs", epochs), ("batch_size", batch_size))
+        if value < 1
+    ]
+    if not 0 < lr < math.inf:
+        problems.append(Problem("lr", f"{lr}, must be positive"))
+    if problems:
+        raise InputError("training", problems)
+
+
+def _check_fit(model: nn.Module, data: Dataset) -> None:
+    """Refuse a network that does not take the images or has another number of outputs than there are classes."""
+    sample = data.normalise(data.train_images[:2])
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            size = tuple(model(sample).shape)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            "training",
+            Problem(
+                "network",
+                f"does not take images of {data.input_shape}: {error}",
+                "another network or data set",
+            ),
+        ) from error
+    if size != (2, len(data.classes)):
+        problem = Problem(
+            "num_classes", f"outputs of shape {size} for 2 images, but {data.name} has {len(data.classes)}"
+        )
+        raise InputError("training", problem)
+
+
+def _step(model: nn.Module, data: Dataset, chosen: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
+    optimizer.zero_grad()
+    logits = model(data.normalise(data.train_images[chosen]))
+    loss = nn.functional.cross_entropy(logits, data.train_labels[chosen])
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def evaluate(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    batch_size: int = 100,
+) -> float:
+    """Share of the images whose largest logit is that of their label, in [0, 1].
+
+    Parameters
+    ----------
+    model : nn.Module or callable
+        A module is put into evaluation mode for the time. An `IntegerModel` fits too.
+    images : float32 tensor ``[n, c, h, w]``
+        Normalised.
+    labels : int64 tensor ``[n]``
+    batch_size : int
+
+    Raises
+    ------
+    InputError
+        No images, or not one label per image.
+    """
+    if len(images) == 0 or len(images) != len(labels):
+        raise InputError("evaluation", Problem("images", f"{len(images)} images and {len(labels)} labels"))
+    if isinstance(model, nn.Module):
+        with evaluation_mode(model):
+            return _accuracy_of(model, images, labels, batch_size)
+    return _accuracy_of(model, images, labels, batch_size)
+
+
+def _accuracy_of(
+    model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor, batch_size: int
+) -> float:
+    correct = 0
+    with torch.inference_mode():
+        for part, expected in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            correct += int((model(part).argmax(1) == expected).sum())
+    return correct / len(labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A dense network of the zoo with what is known about it.
+
+    Attributes
+    ----------
+    model : nn.Module
+    network : str
+        Name in the zoo.
+    num_classes : int
+    seed : int
+        Of the training.
+    history : tuple of Epoch
+        Empty when the weights come from elsewhere.
+    dataset : DatasetNote or None
+    packages : dict of str to str
+        Versions of what wrote the file.
+    """
+
+    model: nn.Module
+    network: str
+    num_classes: int
+    seed: int = 0
+    history: tuple[Epoch, ...] = ()
+    dataset: DatasetNote | None = None
+    packages: dict[str, str] = field(default_factory=package_versions)
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    network: str
+    num_classes: Annotated[int, Field(strict=True, ge=1)]
+    seed: int
+    history: tuple[Epoch, ...]
+    dataset: DatasetNote | None
+    packages: dict[str, str]
+
+
+def note_of(data: Dataset) -> DatasetNote:
+    """What a model file keeps of a data set."""
+    return DatasetNote(data.name, data.source, data.mean, data.deviation)
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> int:
+    """Write a dense network atomically; gives the bytes of the file.
+
+    Raises
+    ------
+    InputError
+        The file cannot be written.
+    """
+    header = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "network": checkpoint.network,
+        "num_classes": checkpoint.num_classes,
+        "seed": checkpoint.seed,
+        "history": [asdict(epoch) for epoch in checkpoint.history],
+        "dataset": asdict(checkpoint.dataset) if checkpoint.dataset else None,
+        "packages": checkpoint.packages,
+    }
+    return write_container(
+        path, header, {name: values.numpy() for name, values in checkpoint.model.state_dict().items()}
+    )
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote.
+
+    Raises
+    ------
+    FormatError
+        Truncated, damaged, edited, of another kind or version, or weights that do not fit the network it names.
+    InputError
+        The file cannot be read at all.
+    """
+    header, arrays = read_container(path, CHECKPOINT_FORMAT, CHECKPOINT_VERSION)
+    try:
+        parsed = _Header.model_validate(header)
+    except ValidationError as error:
+        raise FormatError(str(path), validation_problems(error, _Header)) from None
+    state = {name: torch.from_numpy(values) for name, values in arrays.items()}
+    model = _with_state(str(path), parsed.network, parsed.num_classes, state)
+    return Checkpoint(
+        model,
+        parsed.network,
+        parsed.num_classes,
+        parsed.seed,
+        parsed.history,
+        parsed.dataset,
+        parsed.packages,
+    )
+
+
+def load_weights(path: str | Path, network: str, num_classes: int | None = None) -> Checkpoint:
+    """A network of the zoo with weights from a plain safetensors file, such as torchvision's state dict saved as one.
+
+    Raises
+    ------
+    FormatError
+        Not a safetensors file, or names and shapes that are not the network's.
+    InputError
+        Unknown network, or the file cannot be read at all.
+    """
+    classes = num_classes or zoo.network(network).num_classes
+    try:
+        state = safetensors.torch.load(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise FormatError(str(path), f"not a valid safetensors file: {error}") from None
+    state = {name: values.float() if values.is_floating_point() else values for name, values in state.items()}
+    return Checkpoint(_with_state(str(path), network, classes, state), network, classes)
+
+
+def _with_state(source: str, network: str, num_classes: int, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    model = zoo.build(network, num_classes, device="meta")
+    problems = state_problems(model, state)
+    if problems:
+        raise FormatError(source, problems)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def state_problems(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[Problem]:
+    """Every way in which a state does not fit a model: names, shapes, values that are not finite."""
+    expected = model.state_dict()
+    problems = [Problem(name, "missing") for name in expected if name not in state]
+    for name, values in state.items():
+        if name not in expected:
+            problems.append(Problem(name, "unknown", nearest_name(name, expected)))
+        elif values.shape != expected[name].shape:
+            problems.append(
+                Problem(name, f"shape {tuple(values.shape)}, must be {tuple(expected[name].shape)}")
+            )
+        elif values.is_floating_point() and not values.isfinite().all():
+            problems.append(Problem(name, "holds values that are not finite"))
+    return problems

@@ -1,0 +1,97 @@
+"""The command line: one group whose commands live in the packages and are imported when they are called.
+
+`hwsim --help` imports nothing but click, so it is instant. Errors that the project raises on purpose are printed without a
+traceback and exit with code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from importlib import import_module
+
+import click
+
+from hwsim import __version__
+from hwsim.errors import HwsimError, nearest_name
+
+__all__ = ["cli", "main"]
+
+_COMMANDS = {
+    "demo": ("sweeps.cli:demo", "Train, compress, simulate, sweep and plot on real images."),
+    "train": ("compress.cli:train", "Train a network of the zoo."),
+    "compress": ("compress.cli:compress", "Compress a trained network into blocks by ADMM."),
+    "simulate": (
+        "compress.cli_hardware:simulate",
+        "Cycles, traffic, energy and area of a network on a machine.",
+    ),
+    "storage": ("compress.cli_hardware:storage", "Bytes and bits per weight for block shapes and ratios."),
+    "passes": ("hwsim.commands:passes", "Counters of the passes of one array of block types."),
+    "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
+    "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
+    "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),
+    "report": ("sweeps.cli:report", "One HTML page of the results of a sweep."),
+}
+
+
+class _LazyGroup(click.Group):
+    """Names and one-line helps are here; the command itself is imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, name = _COMMANDS[cmd_name][0].split(":")
+        return getattr(import_module(module), name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in _COMMANDS:
+            ctx.fail(f"no such command {name!r} ({nearest_name(name, _COMMANDS)})")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: hwsim simulate resnet18 --pruned 0.5 --unified 0.5 --machine msa-16x16",
+)
+@click.version_option(__version__, prog_name="hwsim")
+def cli() -> None:
+    """If I compress this network into micro-structured blocks and build this accelerator, what do I get?"""
+
+
+def main() -> None:
+    """Entry point: run the command line, turn errors into messages and exit codes.
+
+    0: done; 2: wrong input or a full disk; 130: interrupted (what was written stays, sweeps resume).
+    """
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; results written so far stay, run the same command again to go on", err=True)
+        sys.exit(130)
+    except HwsimError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe went away: not an error worth a message
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise
+        click.echo(f"error: {error.filename or 'output'}: {error.strerror}", err=True)
+        sys.exit(2)

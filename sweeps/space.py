@@ -1,0 +1,630 @@
+"""Design spaces: which networks, block shapes, ratios and machines to evaluate, and the key of every point.
+
+A space is written in TOML (`load_space`) or in Python (`Space`). It is the product of its axes, in a fixed
+order; every `Point` of it resolves to plain data, and the hash of that data names its result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.machine import Machine, load_machine, preset_names, validation_problems
+from hwsim.version import MODEL_VERSION
+
+__all__ = [
+    "METHOD_VERSION",
+    "Hold",
+    "MachineSpace",
+    "Point",
+    "RandomTypes",
+    "Space",
+    "Training",
+    "load_space",
+    "machine_for_block",
+    "parse_space",
+]
+
+METHOD_VERSION = "1"
+"""Raised whenever training or compression changes what it makes of the same inputs; part of every key."""
+
+Hold = Literal["lanes", "area"]
+"""What stays fixed when the machine follows the block shape; see `machine_for_block`."""
+
+Exempt = Literal["first_and_last", "none"]
+Images = Annotated[int, Field(strict=True, ge=1, le=10**9)]
+Epochs = Annotated[int, Field(strict=True, ge=0, le=100_000)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+
+_LARGEST_BLOCK = 256
+_MOST_COLUMNS = 4096
+
+
+def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not values:
+        raise ValueError("empty, at least one is needed")
+    return values
+
+
+def _plain_block(text: str) -> str:
+    g_o, g_k = _parse_block(text)
+    return f"{g_o}x{g_k}"
+
+
+def _parse_block(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text, re.ASCII)
+    sizes = tuple(int(size) for size in match.groups()) if match else ()
+    if len(sizes) != 2 or not all(1 <= size <= _LARGEST_BLOCK for size in sizes):
+        raise ValueError(f'must be "OUTPUTSxREDUCTION", each 1 to {_LARGEST_BLOCK}, for example "4x4"')
+    return sizes[0], sizes[1]
+
+
+def _shares_of_one_whole(ratios: tuple[float, float]) -> tuple[float, float]:
+    pruned, unified = ratios
+    if Decimal(str(pruned)) + Decimal(str(unified)) > 1:  # decimal, as the counts of blocks: 0.3 + 0.7 is 1
+        raise ValueError("p + u exceeds 1; the rest, 1 − p − u, stays dense")
+    return pruned + 0.0, unified + 0.0  # −0.0 would be another key than 0.0
+
+
+Ratios = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]],
+    AfterValidator(_shares_of_one_whole),
+]
+
+
+class _Part(BaseModel):
+    """Immutable, and a field that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Training(_Part):
+    """How the weights of a point come about: train, compress by ADMM, retrain.
+
+    Attributes
+    ----------
+    dataset : str
+    train_images, test_images : int or None
+        How many of the data set's images are used; None for all.
+    batch_size : int
+    learning_rate : float
+        Of Adam, in all three phases.
+    dense_epochs, admm_epochs, retrain_epochs : int
+    rho, rho_growth : float
+        Weight of the ADMM penalty at the start, and its factor from one update to the next.
+    projection : {"exact", "prune_first"}
+    exempt : {"first_and_last", "none"}
+        Layers that are left dense.
+    """
+
+    dataset: Annotated[str, Field(min_length=1)] = "fashion-mnist"
+    train_images: Images | None = None
+    test_images: Images | None = None
+    batch_size: Images = 64
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    dense_epochs: Epochs = 6
+    admm_epochs: Epochs = 6
+    retrain_epochs: Epochs = 4
+    rho: Annotated[float, Field(gt=0, le=1e6)] = 3e-2
+    rho_growth: Annotated[float, Field(ge=1, le=100)] = 1.3
+    projection: Literal["exact", "prune_first"] = "exact"
+    exempt: Exempt = "first_and_last"
+
+    @property
+    def dense_inputs(self) -> dict[str, Any]:
+        """What the uncompressed network depends on: it is trained once for all settings that share this."""
+        fields = {"dataset", "train_images", "batch_size", "learning_rate", "dense_epochs"}
+        return self.model_dump(mode="json", include=fields)
+
+
+class RandomTypes(_Part):
+    """No training: block types are drawn with the exact counts of the ratios, from the point's seed."""
+
+    exempt: Exempt = "first_and_last"
+
+
+class MachineSpace(_Part):
+    """The machine at the base of every point and the fields that vary.
+
+    Attributes
+    ----------
+    base : Machine
+        Given as the name of a preset, as the path of a machine file, or as a `hwsim.machine.Machine`.
+    axes : dict
+        Dotted field names and the values that they take: ``{"dram.gb_per_s": (6.4, 12.8)}``.
+    """
+
+    base: Machine
+    axes: dict[str, tuple[Any, ...]] = {}
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _load(cls, value: Any) -> Any:
+        if isinstance(value, str | Path):
+            try:
+                return load_machine(value)
+            except InputError as error:
+                raise InputError(
+                    "machine", [_of_base(item, error.source) for item in error.problems]
+                ) from None
+        return value
+
+    @model_validator(mode="after")
+    def _axes_are_fields(self) -> MachineSpace:
+        problems: list[Problem] = []
+        axes = {name: _axis_values(self.base, name, values, problems) for name, values in self.axes.items()}
+        for table in axes.get("technology.table", (self.base.technology.table,)):
+            try:
+                _technology_digest(str(table))
+            except InputError as error:
+                problems += [
+                    Problem("machine.technology.table", f"{error.source}: {item.message}", item.hint)
+                    for item in error.problems
+                ]
+        if problems:
+            raise InputError("machine", problems)
+        object.__setattr__(self, "axes", axes)
+        return self
+
+
+class Space(_Part):
+    """A design space: the product of its axes.
+
+    Attributes
+    ----------
+    name : str
+    networks : tuple of str
+    blocks : tuple of str
+        Block shapes ``g_o x g_k``: ``("4x4", "1x16")``.
+    ratios : tuple of (float, float)
+        ``[p, u]``: shares of the blocks that are pruned and unified; the rest stays dense.
+    hold : tuple of {"lanes", "area"}
+        How the machine follows the block shape (`machine_for_block`); one word or several.
+    machine : MachineSpace
+    seeds : tuple of int
+    batch : int
+        Inputs per simulated inference.
+    training, random : Training or RandomTypes
+        Exactly one of them: trained weights, or random block types without training.
+
+    Raises
+    ------
+    InputError
+        With every problem found.
+
+    Examples
+    --------
+    >>> space = Space(
+    ...     networks=["lenet-5"], blocks=["4x4", "8x1"], ratios=[[0.5, 0.5]], random={},
+    ...     machine={"base": "msa-16x16", "axes": {"dram.gb_per_s": [6.4, 12.8]}},
+    ... )
+    >>> len(space)
+    4
+    >>> [(point.block, point.fields) for point in space.points()][1]
+    ((4, 4), (('dram.gb_per_s', 12.8),))
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=200)] = "sweep"
+    networks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], AfterValidator(_not_empty)]
+    blocks: Annotated[tuple[Annotated[str, AfterValidator(_plain_block)], ...], AfterValidator(_not_empty)]
+    ratios: Annotated[tuple[Ratios, ...], AfterValidator(_not_empty)]
+    hold: Annotated[tuple[Hold, ...], AfterValidator(_not_empty)] = ("lanes",)
+    machine: MachineSpace = Field(default_factory=lambda: MachineSpace(base=load_machine("msa-16x16")))
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(_not_empty)] = (0,)
+    batch: Annotated[int, Field(strict=True, ge=1, le=2**20)] = 1
+    training: Training | None = None
+    random: RandomTypes | None = None
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise InputError(f"space {data.get('name', 'sweep')}", _problems(error)) from None
+
+    @field_validator("hold", mode="before")
+    @classmethod
+    def _one_word_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Space:
+        problems = []
+        for field in ("networks", "blocks", "ratios", "hold", "seeds"):
+            problems += _twice(field, getattr(self, field))
+        if (self.training is None) == (self.random is None):
+            found = "both are given" if self.training else "neither is given"
+            hint = "[training] trains and compresses; [random] draws block types without training"
+            problems.append(Problem("training, random", f"{found}, must be exactly one", hint))
+        base = self.machine.base
+        for rows in self.machine.axes.get("array.rows", (base.array.rows,)):
+            for text in self.blocks:
+                accumulators = rows * base.array.block[0]
+                problems += _row_problems(accumulators, _parse_block(text)[0], f"blocks: {text}")
+        if problems:
+            raise InputError("space", problems)
+        return self
+
+    @property
+    def weights(self) -> Training | RandomTypes:
+        """Where the weights come from."""
+        weights = self.training or self.random
+        assert weights is not None  # the validator has seen to it; this tells the type checker
+        return weights
+
+    def __len__(self) -> int:
+        axes = (self.networks, self.seeds, self.blocks, self.ratios, self.hold, *self.machine.axes.values())
+        return math.prod(len(values) for values in axes)
+
+    def points(self) -> Iterator[Point]:
+        """Every point once. Machine fields vary fastest: points with the same weights follow each other."""
+        names = tuple(self.machine.axes)
+        outer = itertools.product(self.networks, self.seeds, self.blocks, self.ratios, self.hold)
+        for network, seed, block, (pruned, unified), hold in outer:
+            for values in itertools.product(*self.machine.axes.values()):
+                fields = tuple(zip(names, values, strict=True))
+                yield Point(
+                    network=network,
+                    block=_parse_block(block),
+                    pruned=pruned,
+                    unified=unified,
+                    hold=hold,
+                    seed=seed,
+                    base=self.machine.base,
+                    fields=fields,
+                    weights=self.weights,
+                    batch=self.batch,
+                )
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole space as plain data, defaults and the base machine included: what a manifest records."""
+        return self.model_dump(mode="json")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration of a space.
+
+    Attributes
+    ----------
+    network : str
+    block : tuple of int
+        ``(g_o, g_k)``.
+    pruned, unified : float
+    hold : {"lanes", "area"}
+    seed : int
+    base : Machine
+        The machine before ``fields`` and before it follows the block shape.
+    fields : tuple of (str, value)
+        Dotted machine fields that differ from ``base`` along the space's axes.
+    weights : Training or RandomTypes
+    batch : int
+    """
+
+    network: str
+    block: tuple[int, int]
+    pruned: float
+    unified: float
+    hold: Hold
+    seed: int
+    base: Machine
+    fields: tuple[tuple[str, Any], ...]
+    weights: Training | RandomTypes
+    batch: int
+
+    def machine(self, area_mm2: Callable[[Machine], float]) -> Machine:
+        """The machine of this point: the base with its fields, following the block shape.
+
+        Raises
+        ------
+        InputError
+            The combination is not a valid machine.
+        """
+        return machine_for_block(self.base.with_fields(dict(self.fields)), self.block, self.hold, area_mm2)
+
+    def resolved(self) -> dict[str, Any]:
+        """Everything that the result depends on, as plain JSON-able data."""
+        machine = self._machine_fields()
+        return {
+            **self._weight_inputs(machine["precision"]),
+            "hold": self.hold,
+            "batch": self.batch,
+            "machine": machine,
+            "technology_sha256": _technology_digest(machine["technology"]["table"]),
+            "model_version": MODEL_VERSION,
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """The name of the point's result: SHA-256 (hex) of all that it depends on, versions included."""
+        return _digest(self.resolved())
+
+    @cached_property
+    def training_key(self) -> str:
+        """The same for all points with the same weights: points that differ in the machine only share it."""
+        return _digest(self._weight_inputs(self._machine_fields()["precision"]))
+
+    @cached_property
+    def dense_key(self) -> str:
+        """The same for every point that starts from the same uncompressed network."""
+        dense = self.weights.dense_inputs if isinstance(self.weights, Training) else {}
+        inputs = {
+            "network": self.network,
+            "seed": self.seed,
+            "dense": dense,
+            "method_version": METHOD_VERSION,
+        }
+        return _digest(inputs)
+
+    def columns(self) -> dict[str, Any]:
+        """What identifies the point in the ``points`` table, the varied machine fields included."""
+        return {
+            "key": self.key,
+            "network": self.network,
+            "block": "x".join(str(size) for size in self.block),
+            "block_rows": self.block[0],
+            "block_columns": self.block[1],
+            "pruned": self.pruned,
+            "unified": self.unified,
+            "hold": self.hold,
+            "machine": self.base.name,
+            "seed": self.seed,
+            "training_key": self.training_key,
+            "model_version": MODEL_VERSION,
+            **dict(self.fields),
+        }
+
+    def _machine_fields(self) -> dict[str, Any]:
+        data = self.base.model_dump(mode="json")
+        for dotted, value in self.fields:
+            *parents, leaf = dotted.split(".")
+            part = data[parents[0]] if parents else data
+            part[leaf] = value
+        return data
+
+    def _weight_inputs(self, precision: Mapping[str, int]) -> dict[str, Any]:
+        # The machine's number formats belong here: quantisation is in the training loop.
+        kind = "training" if isinstance(self.weights, Training) else "random"
+        return {
+            "network": self.network,
+            "block": list(self.block),
+            "pruned": self.pruned,
+            "unified": self.unified,
+            "seed": self.seed,
+            kind: self.weights.model_dump(mode="json"),
+            "precision": dict(precision),
+            "method_version": METHOD_VERSION,
+        }
+
+
+def machine_for_block(
+    base: Machine, block: tuple[int, int], hold: Hold, area_mm2: Callable[[Machine], float]
+) -> Machine:
+    """The machine that a block shape is evaluated on.
+
+    The native block becomes ``block`` and the rows follow, so that accumulators per column (``rows × g_o``)
+    stay constant.
+
+    Parameters
+    ----------
+    base : Machine
+    block : tuple of int
+        ``(g_o, g_k)``.
+    hold : {"lanes", "area"}
+        ``"lanes"``: lanes per PE, ports per row and columns stay as they are. ``"area"``: the columns are the
+        largest number whose machine is within the area of ``base``.
+    area_mm2 : callable
+        Area of a machine; it must not fall as columns are added. Not called for ``"lanes"``.
+
+    Raises
+    ------
+    InputError
+        The accumulators do not divide by g_o, not even one column fits the area, or the result is not a valid
+        machine.
+    """
+    source = f"machine {base.name} at block {block[0]}x{block[1]}"
+    if hold not in get_args(Hold):
+        raise InputError(source, Problem("hold", f"found {hold!r}", nearest_name(str(hold), get_args(Hold))))
+    accumulators = base.array.rows * base.array.block[0]
+    if problems := _row_problems(accumulators, block[0], "array.block"):
+        raise InputError(source, problems)
+    changes = {"array.block": list(block), "array.rows": accumulators // block[0]}
+    if hold == "lanes":
+        return base.with_fields(changes)
+    budget = area_mm2(base)
+
+    def with_columns(columns: int) -> Machine:
+        return base.with_fields(changes | {"array.columns": columns})
+
+    def fit(columns: int) -> bool:
+        try:
+            return area_mm2(with_columns(columns)) <= budget
+        except InputError:  # a word of so many columns no longer fits the operand store
+            return False
+
+    smallest = area_mm2(with_columns(1))
+    if smallest > budget:
+        problem = Problem(
+            "array.columns",
+            f"one column alone has {smallest:.4g} mm², {smallest - budget:.3g} mm² more than the "
+            f"{budget:.4g} mm² of the base machine",
+            'hold = "lanes", fewer lanes per PE, or a block with more output channels',
+        )
+        raise InputError(source, problem)
+    fits, too_many = 1, _MOST_COLUMNS + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if fit(middle):
+            fits = middle
+        else:
+            too_many = middle
+    return with_columns(fits)
+
+
+def parse_space(
+    data: dict[str, Any],
+    source: str,
+    *,
+    networks: Iterable[str] | None = None,
+    datasets: Iterable[str] | None = None,
+) -> Space:
+    """A space from the content of a space file.
+
+    Parameters
+    ----------
+    data : dict
+        What the TOML file holds.
+    source : str
+        Named in messages.
+    networks, datasets : iterable of str, optional
+        The names that exist; with them, unknown names are reported beside all other problems.
+
+    Raises
+    ------
+    InputError
+        With every problem found.
+    """
+    problems: list[Problem] = []
+    space = None
+    try:
+        space = Space(**data)
+    except InputError as error:
+        problems += error.problems
+    if networks is not None:
+        found = data.get("networks")
+        problems += _unknown("networks", found if isinstance(found, list | tuple) else [], networks)
+    training = data.get("training")
+    if datasets is not None and isinstance(training, dict) and "dataset" in training:
+        problems += _unknown("training.dataset", [training["dataset"]], datasets)
+    if problems or space is None:
+        raise InputError(source, problems)
+    return space
+
+
+def load_space(
+    path: str | Path, *, networks: Iterable[str] | None = None, datasets: Iterable[str] | None = None
+) -> Space:
+    """A space from a TOML file; the path of a machine file in it counts from the file's own folder.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, is not TOML, or is not a valid space.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(str(path), f"not valid TOML: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(str(path), f"cannot be read: {error}") from None
+    machine = data.get("machine")
+    base = machine.get("base") if isinstance(machine, dict) else None
+    if isinstance(machine, dict) and isinstance(base, str) and base not in preset_names():
+        machine["base"] = str(path.parent / base)
+    return parse_space(data, str(path), networks=networks, datasets=datasets)
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    problems = []
+    for item in validation_problems(error, Space):
+        head, _, field = item.field.partition(".")
+        # Optional parts: only here are their fields known.
+        parts: dict[str, type[BaseModel]] = {"training": Training, "random": RandomTypes}
+        if head in parts and item.message == "unknown field":
+            item = Problem(item.field, item.message, nearest_name(field, parts[head].model_fields))
+        problems.append(item)
+    return problems
+
+
+def _of_base(problem: Problem, source: str) -> Problem:
+    """A problem of the machine file, told as one of the space that names the file."""
+    where = f"{source}: {problem.field}" if problem.field else source
+    return Problem("machine.base", f"{where}: {problem.message}", problem.hint)
+
+
+def _row_problems(accumulators: int, g_o: int, field: str) -> list[Problem]:
+    if accumulators % g_o == 0:
+        return []
+    divisors = [size for size in range(1, _LARGEST_BLOCK + 1) if accumulators % size == 0]
+    message = f"{accumulators} accumulators per column (rows × block rows) do not divide by {g_o} block rows"
+    return [Problem(field, message, "block rows that divide: " + ", ".join(str(size) for size in divisors))]
+
+
+def _axis_values(
+    base: Machine, name: str, values: tuple[Any, ...], problems: list[Problem]
+) -> tuple[Any, ...]:
+    """The values as the machine stores them (a rate of ``6`` becomes ``6.0``), for equal keys."""
+    field = f"machine.axes.{name}"
+    if name in ("array.block", "name"):
+        problems.append(Problem(field, "cannot be an axis", "list block shapes under `blocks`"))
+        return values
+    if name not in Machine.field_names():
+        problems.append(Problem(field, "no such machine field", nearest_name(name, Machine.field_names())))
+        return values
+    if not values:
+        problems.append(Problem(field, "empty, at least one value is needed"))
+    stored = []
+    for value in values:
+        try:
+            resolved: Any = base.with_fields({name: value}).model_dump(mode="json")
+        except InputError as error:
+            problems += [Problem(f"{field}: {value!r}", item.message, item.hint) for item in error.problems]
+            continue
+        for part in name.split("."):
+            resolved = resolved[part]
+        stored.append(resolved)
+    problems += _twice(field, stored)
+    return tuple(stored)
+
+
+def _twice(field: str, values: Iterable[Any]) -> list[Problem]:
+    listed = list(values)
+    repeated = [value for i, value in enumerate(listed) if value in listed[:i]]
+    return [Problem(field, f"{value!r} is listed twice", "every value once") for value in repeated]
+
+
+def _unknown(field: str, found: Iterable[Any], allowed: Iterable[str]) -> list[Problem]:
+    names = list(allowed)
+    missing = [str(name) for name in found if name not in names]
+    return [Problem(field, f'unknown name "{name}"', nearest_name(name, names)) for name in missing]
+
+
+def _technology_digest(table: str) -> str:
+    """Digest of the resolved technology table: a file may change under the same name."""
+    path = Path(table)
+    status = path.stat() if path.is_file() else None
+    return _resolved_technology_digest(table, status and (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=64)
+def _resolved_technology_digest(table: str, stamp: tuple[int, int] | None) -> str:
+    """The same, kept for as long as the file keeps its ``stamp`` of time and size."""
+    from hwsim.technology import load_technology
+
+    return hashlib.sha256(load_technology(table).to_json().encode()).hexdigest()
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,585 @@
+"""The result store: an append-only folder of Parquet parts that may be cut off at any moment.
+
+A store holds four tables, a folder each, all keyed by the point (`TABLES`). Finished points are
+buffered and written as one *batch*: a part per table, ``points`` last. A point exists once its
+``points`` part does, so a batch that was cut off between its parts does not exist, and the next writer
+clears its leftovers. Each part is written under another name, synced and renamed; its name carries the
+digest of its content, so a damaged part is recognised and never read as a result. Writers take turns by
+a file lock that the kernel drops when its holder dies; in its turn a writer looks at what others have
+written, so the same point is never stored twice.
+
+Every folder is also plain Parquet: ``pandas.read_parquet("results/points")`` reads it without this module.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import secrets
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hwsim.errors import FormatError, HwsimError, InputError, Problem, nearest_name
+from hwsim.version import MODEL_VERSION
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["SCHEMA_VERSION", "TABLES", "ResultStore", "write_atomically"]
+
+SCHEMA_VERSION = "1"
+"""Of the folder and its tables; written into every part and into the manifest."""
+
+_STR, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+TABLES: dict[str, dict[str, pa.DataType]] = {
+    "points": {
+        "key": _STR,
+        "network": _STR,
+        "block": _STR,
+        "block_rows": _INT,
+        "block_columns": _INT,
+        "pruned": _FLOAT,
+        "unified": _FLOAT,
+        "hold": _STR,
+        "machine": _STR,
+        "seed": _INT,
+        "accuracy_dense_float": _FLOAT,
+        "accuracy_float": _FLOAT,
+        "accuracy_integer": _FLOAT,
+        "latency_cycles": _INT,
+        "latency_ms": _FLOAT,
+        "compute_cycles": _INT,
+        "speedup_compute_only": _FLOAT,
+        "speedup_with_memory": _FLOAT,
+        "speedup_equal_area": _FLOAT,
+        "energy_pj": _FLOAT,
+        "dense_energy_pj": _FLOAT,
+        "dram_bytes": _INT,
+        "average_bandwidth_gb_per_s": _FLOAT,
+        "peak_bandwidth_gb_per_s": _FLOAT,
+        "area_mm2": _FLOAT,
+        "image_bytes": _INT,
+        "file_bytes": _INT,
+        "fp32_bytes": _INT,
+        "int8_bytes": _INT,
+        "bits_per_weight": _FLOAT,
+        "compression_vs_fp32": _FLOAT,
+        "weight_count": _INT,
+        "macs": _INT,
+        "training_key": _STR,
+        "model_version": _STR,
+        "error": _STR,
+    },
+    "layers": {
+        "key": _STR,
+        "layer": _STR,
+        "macs": _INT,
+        "weight_count": _INT,
+        "latency_cycles": _INT,
+        "compute_cycles": _INT,
+        "dram_bytes": _INT,
+        "bound": _STR,
+        "bits_per_weight": _FLOAT,
+        "utilization": _FLOAT,
+    },
+    "energy": {"key": _STR, "layer": _STR, "component": _STR, "energy_pj": _FLOAT, "dense_energy_pj": _FLOAT},
+    "storage": {"key": _STR, "layer": _STR, "stream": _STR, "size_bits": _INT},
+}
+"""Columns that every part has, with their types; a column that a row leaves out is null. Rows may bring
+more columns.
+
+``error`` is null, or says why a point has no result (it does not fit its machine): such a point is not
+tried again.
+"""
+
+_EMPTY = {name: pa.schema(columns).empty_table() for name, columns in TABLES.items()}
+_DETAILS = ("layers", "energy", "storage")
+_ORDER = ("network", "block_rows", "block_columns", "pruned", "unified", "hold", "machine", "seed", "key")
+_METADATA_KEY = b"hwsim.store_schema"
+_PART = re.compile(r"(?P<batch>\d{20}-[0-9a-f]{8})\.[0-9a-f]{16}\.parquet")
+_LOCK_SECONDS = 60.0
+_PACKAGES = ("hwsim", "numpy", "numba", "torch", "pandas", "pyarrow")
+
+
+class ResultStore:
+    """Results of a sweep on disk. Use it as a context manager: leaving it writes what is buffered.
+
+    Parameters
+    ----------
+    path : path
+        The folder; made by the first write.
+    flush_points : int
+        A batch is written once so many points are buffered …
+    flush_seconds : float
+        … or so many seconds after the last one (looked at when a point comes in).
+
+    Notes
+    -----
+    One object belongs to one process and thread; any number of processes may open the same folder.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with ResultStore(folder) as store:
+    ...         _ = store.append([{"key": "a1", "network": "lenet-5", "latency_cycles": 7}])
+    ...     store.to_frame(columns=["key", "latency_cycles"]).values.tolist()
+    [['a1', 7]]
+    """
+
+    def __init__(self, path: str | Path, *, flush_points: int = 1000, flush_seconds: float = 10.0) -> None:
+        self.path = Path(path)
+        self.flush_points = flush_points
+        self.flush_seconds = flush_seconds
+        self._batches = [_EMPTY]
+        self._schemas = {name: table.schema for name, table in _EMPTY.items()}
+        self._buffered: set[str] = set()
+        self._stored: set[str] = set()
+        self._seen: set[str] = set()
+        self._flushed = time.monotonic()
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(
+                str(path), Problem("", "is a file, a result store is a folder", "give another path")
+            )
+
+    def __enter__(self) -> ResultStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(
+        self,
+        points: Sequence[Mapping[str, Any]],
+        *,
+        layers: Sequence[Mapping[str, Any]] = (),
+        energy: Sequence[Mapping[str, Any]] = (),
+        storage: Sequence[Mapping[str, Any]] = (),
+    ) -> int:
+        """Add finished points with all their rows; they are on disk after the next flush.
+
+        Parameters
+        ----------
+        points : sequence of mappings
+            One row per point, with its ``key``. A key that this object knows to be stored or buffered
+            is passed over.
+        layers, energy, storage : sequences of mappings
+            The detail rows of these points, with the same keys.
+
+        Returns
+        -------
+        int
+            How many points were new.
+
+        Raises
+        ------
+        InputError
+            A key is missing or there twice, a detail row belongs to none of the points, or a value is
+            NaN, infinite or of a type that its column cannot hold. Nothing of the call was added.
+        HwsimError
+            The flush that fell due could not be written; the points stay buffered.
+        """
+        rows = {"points": points, "layers": layers, "energy": energy, "storage": storage}
+        batch, schemas = _batch(rows, self._schemas, str(self.path))
+        keys = batch["points"]["key"].to_pylist()
+        known = {key for key in keys if key in self._stored or key in self._buffered}
+        self._batches.append({name: _without(table, known) for name, table in batch.items()})
+        self._schemas = schemas
+        self._buffered.update(keys)
+        if len(self._buffered) >= self.flush_points or time.monotonic() - self._flushed >= self.flush_seconds:
+            self.flush()
+        return len(keys) - len(known)
+
+    def flush(self) -> None:
+        """Write what is buffered as one batch, less the points that another writer has stored meanwhile.
+
+        Raises
+        ------
+        HwsimError
+            The disk is full, or the folder cannot be written or locked. The store is whole and the
+            points stay buffered.
+        """
+        if self._buffered:
+            with self._turn():
+                # Damage is reported by whoever reads; here the results in memory come first.
+                self._look_at_new_parts(skip_damaged=True)
+                known = self._buffered & self._stored
+                whole = {name: _concat([batch[name] for batch in self._batches]) for name in TABLES}
+                whole = {name: _without(table, known) for name, table in whole.items()}
+                if whole["points"].num_rows:
+                    self._write(whole)
+            self._stored |= self._buffered
+            self._buffered = set()
+            self._batches = [_EMPTY]
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Write what is buffered. The object can still be used."""
+        self.flush()
+
+    def keys(self) -> set[str]:
+        """The keys of all stored points, those that failed included.
+
+        Raises
+        ------
+        FormatError
+            A part is damaged or of another version.
+        """
+        self._look_at_new_parts(skip_damaged=False)
+        return set(self._stored)
+
+    def to_frame(self, table: str = "points", columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """A table as a DataFrame, every point once, in an order that depends on the content only.
+
+        Parameters
+        ----------
+        table : {"points", "layers", "energy", "storage"}
+        columns : sequence of str, optional
+            Only these.
+
+        Returns
+        -------
+        DataFrame
+            Known columns first, then the others by name. ``points`` is sorted by configuration, the
+            detail tables by key. Should a point be there twice (folders copied together), the batch
+            written first counts, in all tables.
+
+        Raises
+        ------
+        InputError
+            There is no store at the path, no such table or no such column.
+        FormatError
+            A part is damaged or of another version.
+        """
+        if table not in TABLES:
+            raise InputError(
+                str(self.path), Problem("table", f'no table "{table}"', nearest_name(table, TABLES))
+            )
+        if not self._folder("points").is_dir():
+            hint = "`hwsim sweep` writes one; check the path"
+            raise InputError(str(self.path), Problem("", "there is no result store here", hint))
+        repeated = self._repeated_keys()
+        wanted = None if columns is None else dict.fromkeys([*columns, *_ORDER])
+        parts = [_EMPTY[table]]
+        for batch, path in self._parts(table).items():
+            if batch in repeated:
+                parts.append(_without(_read_part(path, wanted), repeated[batch]))
+        whole = _concat(parts)
+        allowed = [*TABLES[table], *sorted(set(whole.column_names) - set(TABLES[table]))]
+        if unknown := [name for name in columns or () if name not in allowed]:
+            problems = [
+                Problem("columns", f'no column "{name}"', nearest_name(name, allowed)) for name in unknown
+            ]
+            raise InputError(f"{self.path}: table {table}", problems)
+        order = _ORDER if table == "points" else _ORDER[-1:]
+        whole = whole.sort_by([(name, "ascending") for name in order])  # a stable sort
+        return whole.select(allowed if columns is None else list(columns)).to_pandas()
+
+    def record_run(self, configuration: Mapping[str, Any]) -> None:
+        """Note in ``manifest.json`` with which resolved configuration and versions results are written.
+
+        A run that is noted already is not noted again.
+        """
+        run = {
+            "configuration": json.loads(json.dumps(configuration, allow_nan=False)),
+            "versions": _versions(),
+        }
+        with self._turn():
+            manifest = self.manifest()
+            if any({**noted, "started": None} == {**run, "started": None} for noted in manifest["runs"]):
+                return
+            started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            manifest["runs"].append({"started": started, **run})
+            self._write_manifest(manifest)
+
+    def manifest(self) -> dict[str, Any]:
+        """What ``manifest.json`` holds: the store's version and the runs that wrote to it.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, or is not the manifest of a store that this program reads.
+        """
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+            version = manifest["store_schema"]
+            runs = manifest["runs"]
+        except FileNotFoundError:
+            return {"store_schema": SCHEMA_VERSION, "runs": []}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            hint = "delete it (the results stay; only the record of the runs is lost), or give another folder"
+            problem = Problem("", f"not a readable manifest of a result store: {error!r}", hint)
+            raise FormatError(str(path), problem) from None
+        if version != SCHEMA_VERSION or not isinstance(runs, list):
+            raise FormatError(str(path), _version_problem(version))
+        return manifest
+
+    def _folder(self, table: str) -> Path:
+        return self.path / table
+
+    def _parts(self, table: str) -> dict[str, Path]:
+        """Parts of a table by the name of their batch, in the order of the names."""
+        folder = self._folder(table)
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        return {match["batch"]: folder / name for name in names if (match := _PART.fullmatch(name))}
+
+    def _look_at_new_parts(self, *, skip_damaged: bool) -> None:
+        for batch, path in self._parts("points").items():
+            if batch in self._seen:
+                continue
+            try:
+                self._stored.update(_read_part(path, ["key"])["key"].to_pylist())
+            except FormatError:
+                if not skip_damaged:
+                    raise
+            else:
+                self._seen.add(batch)
+
+    def _repeated_keys(self) -> dict[str, list[str]]:
+        """For each batch the keys that an earlier batch has already."""
+        seen: set[str] = set()
+        repeated = {}
+        for batch, path in self._parts("points").items():
+            keys = _read_part(path, ["key"])["key"].to_pylist()
+            repeated[batch] = [key for key in keys if key in seen]
+            seen.update(keys)
+        return repeated
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """This writer's turn: folders and manifest are there, leftovers are not, and nobody else writes."""
+        lock = None
+        try:
+            with _disk_errors(self.path):
+                for table in TABLES:
+                    self._folder(table).mkdir(parents=True, exist_ok=True)
+                lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+                _wait_for(lock, self.path)
+                self._clear_leftovers()
+            if not (self.path / "manifest.json").exists():
+                self._write_manifest(self.manifest())
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _clear_leftovers(self) -> None:
+        """Remove half-written files and detail parts whose batch was cut off; only in this writer's turn."""
+        for path in self.path.glob(".manifest.json.*.tmp"):
+            path.unlink(missing_ok=True)
+        stored = self._parts("points").keys()
+        for table in TABLES:
+            cut_off = [path for batch, path in self._parts(table).items() if batch not in stored]
+            for path in (*self._folder(table).glob(".*.tmp"), *cut_off):
+                path.unlink(missing_ok=True)
+
+    def _write(self, batch: dict[str, pa.Table]) -> None:
+        name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+        try:
+            for table in (*_DETAILS, "points"):  # points last: with it the batch exists
+                if batch[table].num_rows:
+                    data = _encode(batch[table])
+                    write_atomically(self._folder(table) / f"{name}.{_digest(data)}.parquet", data)
+        except HwsimError as error:
+            with _disk_errors(self.path):
+                self._clear_leftovers()
+            count = batch["points"].num_rows
+            raise HwsimError(
+                f"{error}\n{count} finished points could not be written; those written before are whole. "
+                "Run the same command again afterwards: what is stored is not computed again."
+            ) from None
+        self._seen.add(name)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that after a crash at any moment it has its old content or the whole new one.
+
+    Raises
+    ------
+    HwsimError
+        The disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with _disk_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        found = "the disk is full" if full else "cannot be written"
+        hint = (
+            "free some space, or give a folder on another disk" if full else "check the folder and its rights"
+        )
+        raise HwsimError(f"{path}: {found}: {error.strerror or error} ({hint})") from error
+
+
+def _wait_for(lock: int, path: Path) -> None:
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise HwsimError(
+                    f"{path}: another process has held the store for {_LOCK_SECONDS:.0f} s "
+                    "(is a sweep stopped or hanging? continue or end it, then try again)"
+                ) from None
+            time.sleep(0.01)
+
+
+def _batch(
+    rows: dict[str, Sequence[Mapping[str, Any]]], schemas: dict[str, pa.Schema], source: str
+) -> tuple[dict[str, pa.Table], dict[str, pa.Schema]]:
+    """The rows of one call as tables, and the schemas with their columns; or every problem that they have."""
+    problems: list[Problem] = []
+    batch = {name: _table(name, rows[name], problems) for name in TABLES}
+    keys = batch["points"]["key"].to_pylist()
+    if len(set(keys)) < len(keys):
+        problems.append(Problem("points.key", "a key is there twice in one call"))
+    for name in _DETAILS:
+        strangers = sorted(set(batch[name]["key"].to_pylist()) - set(keys) - {None})
+        problems += [
+            Problem(f"{name}.key", f"{key!r} is none of the points of this call") for key in strangers
+        ]
+    unified = {}
+    for name, table in batch.items():
+        try:
+            unified[name] = pa.unify_schemas([schemas[name], table.schema], promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            problems.append(Problem(name, f"a column changed its type: {error}"))
+    if problems:
+        raise InputError(source, problems)
+    return batch, unified
+
+
+def _table(name: str, rows: Sequence[Mapping[str, Any]], problems: list[Problem]) -> pa.Table:
+    others = sorted({column for row in rows for column in row} - TABLES[name].keys())
+    columns = {}
+    for column in (*TABLES[name], *others):
+        try:
+            array = _array([row.get(column) for row in rows], TABLES[name].get(column))
+        except (pa.ArrowException, OverflowError, ValueError) as error:
+            problems.append(Problem(f"{name}.{column}", str(error)))
+            array = pa.nulls(len(rows), TABLES[name].get(column))
+        if not pa.types.is_null(array.type):
+            columns[column] = array
+    if columns["key"].null_count:
+        problems.append(Problem(f"{name}.key", "missing in a row"))
+    return pa.table(columns)
+
+
+def _array(values: list[Any], wanted: pa.DataType | None) -> pa.Array:
+    """One column. What its type cannot hold exactly is refused, never rounded or converted."""
+    array = pa.array(values)  # its own type first: with a type given, pyarrow cuts 1.5 to the integer 1
+    found = _kind(array.type)
+    wanted = wanted or found
+    numbers = (_INT, _FLOAT)
+    if found not in (wanted, pa.null()) and not (found in numbers and wanted in numbers):
+        raise ValueError(f"values of type {found}, the column holds {wanted}")
+    array = array.cast(wanted)
+    if wanted == _FLOAT and not pc.all(pc.is_finite(array), min_count=0).as_py():
+        raise ValueError("NaN or infinite; leave a value out (None) where there is none")
+    return array
+
+
+def _kind(found: pa.DataType) -> pa.DataType:
+    if pa.types.is_integer(found):
+        return _INT
+    if pa.types.is_floating(found):
+        return _FLOAT
+    if found not in (_STR, pa.bool_(), pa.null()):
+        raise ValueError(f"values of type {found}; a column holds text, numbers or truth values")
+    return found
+
+
+def _concat(tables: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _without(table: pa.Table, keys: Collection[str]) -> pa.Table:
+    """The rows of a table whose key is not among ``keys``."""
+    if not keys:
+        return table
+    return table.filter(pc.invert(pc.is_in(table["key"], pa.array(keys, _STR))))
+
+
+def _encode(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    stamped = table.replace_schema_metadata({_METADATA_KEY: SCHEMA_VERSION.encode()})
+    pq.write_table(stamped, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _read_part(path: Path, columns: Collection[str] | None = None) -> pa.Table:
+    """A part, or those of the columns that it has, after its digest and version were checked."""
+    with _disk_errors(path):
+        data = path.read_bytes()
+    if _digest(data) != path.name.split(".")[1]:
+        hint = "restore it, or delete it and run the sweep again: only its points are computed anew"
+        raise FormatError(
+            str(path), Problem("", "damaged: its content does not match the digest in its name", hint)
+        )
+    file = pq.ParquetFile(pa.BufferReader(data))
+    version = (file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"none").decode()
+    if version != SCHEMA_VERSION:
+        raise FormatError(str(path), _version_problem(version))
+    names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+    return file.read(columns=names).replace_schema_metadata()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _version_problem(version: object) -> Problem:
+    message = f"written with store version {version!r}, this program reads {SCHEMA_VERSION!r}"
+    return Problem("", message, "give another folder, or use the version of hwsim that wrote it")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"model": MODEL_VERSION, "python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a source tree
+            versions[name] = "not installed"
+    return versions
