@@ -35,7 +35,6 @@ __all__ = [
     "accumulator_bits_needed",
     "make_requantizer",
     "quantize_activations",
-    "requantize",
 ]
 
 Nonlinearity = Literal["none", "relu", "relu6"]
@@ -54,7 +53,7 @@ FLOAT32_EXACT = 1 << 24
 
 
 def accumulator_bits_needed(weight: NDArray[np.integer], activation_bits: int) -> int:
-    """Bits of a two's complement accumulator that no input whatever can overflow.
+    """Bits of a two's complement accumulator that no input whatever can overflow, at no point of the sum.
 
     Parameters
     ----------
@@ -65,39 +64,11 @@ def accumulator_bits_needed(weight: NDArray[np.integer], activation_bits: int) -
 
     Examples
     --------
-    >>> accumulator_bits_needed(np.array([[1]]), 8), accumulator_bits_needed(np.array([[-1]]), 8)
-    (8, 9)
+    >>> accumulator_bits_needed(np.array([[1, -2, 1]]), 8)  # 4 · 128 = 512
+    11
     """
-    rows = weight.reshape(len(weight), -1).astype(np.int64)
-    positive, negative = np.maximum(rows, 0).sum(axis=1), np.maximum(-rows, 0).sum(axis=1)
-    low, high = 1 << (activation_bits - 1), (1 << (activation_bits - 1)) - 1
-    largest = int((positive * high + negative * low).max())
-    smallest = int((positive * low + negative * high).max())
-    return 1 + max(largest.bit_length(), (smallest - 1).bit_length() if smallest else 0)
-
-
-def requantize(accumulators: NDArray[np.integer], requantizer: Requantizer, bits: int) -> NDArray[np.int32]:
-    """What the requantiser makes of accumulators, in integer arithmetic.
-
-    ``y = clamp(floor((acc + bias) · scale / 2**shift + 1/2))`` to ``bits`` bits, then the ReLU if there is one.
-
-    Parameters
-    ----------
-    accumulators : integer array ``[out, ...]``
-    requantizer : Requantizer
-        Of ``out`` channels.
-    bits : int
-        Of the two's complement result.
-    """
-    channels = (-1, *(1 for _ in accumulators.shape[1:]))
-    bias, scale, shift = (
-        values.astype(np.int64).reshape(channels)
-        for values in (requantizer.bias, requantizer.scale, requantizer.shift)
-    )
-    half = np.where(shift > 0, np.int64(1) << np.maximum(shift - 1, 0), 0)
-    values = ((accumulators.astype(np.int64) + bias) * scale + half) >> shift
-    values = np.clip(values, -(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    return (np.maximum(values, 0) if requantizer.relu else values).astype(np.int32)
+    sums = np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(axis=1)
+    return (int(sums.max()) << (activation_bits - 1)).bit_length() + 1
 
 
 def make_requantizer(
@@ -105,7 +76,7 @@ def make_requantizer(
 ) -> Requantizer:
     """The integers that come nearest to ``y = (gain · acc + offset) / output_scale``.
 
-    The bias is in units of the accumulator (``offset / gain``) and the scale has 15 significant bits. Where the bias would not
+    The machine computes ``clamp(floor((acc + bias) · scale / 2**shift + 1/2))``. The bias is in units of the accumulator (``offset / gain``) and the scale has 15 significant bits. Where the bias would not
     fit 32 bits (a channel whose normalisation has a gain of nearly 0), the gain is raised until it does: the constant is kept,
     and the accumulator adds what should have been less than ``acc / 2**31`` of it.
 

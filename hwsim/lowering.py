@@ -132,7 +132,7 @@ def effective_counts(types: NDArray[np.uint8], machine: Machine) -> NDArray[np.i
         counts = np.zeros((*types.shape[:2], 3), np.int64)
         counts[:, :, DENSE] = types.shape[2]
         return counts
-    counts = count_types(np.require(types, np.uint8, "CW"))
+    counts = count_types(np.require(types, np.uint8, ("C", "W")))
     for code, kept in ((PRUNED, machine.features.skip_pruned), (UNIFIED, machine.features.unified_path)):
         if not kept:
             counts[:, :, DENSE] += counts[:, :, code]

@@ -282,7 +282,7 @@ def _cross_field_problems(machine: Machine) -> list[Problem]:
 
 def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Every problem of a pydantic error in the words of this project, with the nearest name for unknown fields."""
-    problems = []
+    problems: list[Problem] = []
     for item in error.errors():
         location = [str(part) for part in item["loc"]]
         dotted = ".".join(location)

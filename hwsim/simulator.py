@@ -108,7 +108,7 @@ def pass_counters(
     alike do the same in every cycle, and a multicast serves them together.
     """
     if not uniform:
-        return run_passes(np.require(types, np.uint8, "CW"), order, config)
+        return run_passes(np.require(types, np.uint8, ("C", "W")), order, config)
     groups, m_blocks, _ = types.shape
     one = run_passes(np.array(types[:1, :1]), np.zeros((1, 1), np.int64), config._replace(rows=1))[0]
     n_tiles = -(-m_blocks // config.rows)
@@ -313,7 +313,7 @@ def _layer_row(run: LayerRun, machine: Machine) -> dict[str, Any]:
     shape, mapping = run.layer.shape, run.mapping
     pass_cycles = run.totals["cycles"]
     latency = mapping.latency_cycles
-    codes = count_types(np.require(run.layer.types, np.uint8, "CW")).sum(axis=(0, 1)).tolist()
+    codes = count_types(np.require(run.layer.types, np.uint8, ("C", "W"))).sum(axis=(0, 1)).tolist()
     parts = run.sizes.part_bytes
     image_bytes = sum(parts.values())
     stalls = _attribution(mapping)

@@ -112,7 +112,7 @@ class _Work(NamedTuple):
     entries: NDArray
     steps: NDArray
     blocks: NDArray
-    count: NDArray
+    counts: NDArray
     best: NDArray
     state: NDArray
 
@@ -153,7 +153,7 @@ def _list_executed(types, block_rows, begin, end, width, work):  # type: ignore[
             at += np.uint64(2 * (code != 0))
             dense += is_dense
         blocks[at] = -1
-        work.count[r] = np.int64(at) // 2 - r * width
+        work.counts[r] = np.int64(at) // 2 - r * width
     return dense
 
 
@@ -174,7 +174,7 @@ def _segment(n, begin, end, width, dense, config, work, out):  # type: ignore[no
     cycles = np.int64(0)
     active = np.uint64(0)
     for row in range(n):
-        count = work.count[row]
+        count = work.counts[row]
         executed_blocks += count
         shortfall += _shortfall(blocks, 2 * row * width, count, begin, end, window)
         if count == 0:
