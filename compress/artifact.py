@@ -64,8 +64,12 @@ STREAMS = ("type", "sign", "magnitude", "dense")
 """The streams of a layer, in the order of the memory image."""
 
 METADATA_KEY = "hwsim"
+WRONG_FORMAT_HINTS = {
+    "hwsim-dense": "a dense network; `hwsim compress` makes a compressed model of it",
+    "hwsim-compressed": "a compressed model already; this wants the dense network that `hwsim train` wrote",
+}
 # The header is a JSON string inside the JSON of safetensors, so its quotes are escaped.
-DIGEST_PATTERN = re.compile(rb'\\"sha256\\": ?\\"([0-9a-f]{64})\\"')
+DIGEST_PATTERN = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
 NO_DIGEST = "0" * 64
 CHUNK_VALUES = 1 << 20
 
@@ -107,8 +111,8 @@ def _write_problem(path: Path, error: OSError, size_bytes: int) -> Problem:
 
 def container_bytes(header: Mapping[str, Any], tensors: Mapping[str, NDArray]) -> bytes:
     """The content of a container file; the same header and tensors always give the same bytes."""
-    text = json.dumps({"sha256": NO_DIGEST, **header}, allow_nan=False)
-    arrays = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    text = json.dumps({"sha256": NO_DIGEST, **header}, allow_nan=False, separators=(",", ":"))
+    arrays = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     content = safetensors.numpy.save(arrays, metadata={METADATA_KEY: text})
     digest, (start, stop) = _digest(content)
     return b"".join((content[:start], digest.encode(), content[stop:]))
@@ -154,7 +158,7 @@ def read_container(
     header = _read_header(content, source)
     found = header.pop("format", None)
     if found != format_name:
-        hint = {"hwsim-dense": "hwsim compress makes a compressed model of it"}.get(str(found), "")
+        hint = WRONG_FORMAT_HINTS.get(str(found), "")
         raise FormatError(source, Problem("format", f'"{found}", must be "{format_name}"', hint))
     found = header.pop("version", None)
     if found != version:
@@ -734,7 +738,8 @@ def matrix_to_weight(
     out_channels, in_channels, *kernel = weight_shape
     if column_order == "channel_major":
         return matrix.reshape(weight_shape)
-    return np.ascontiguousarray(np.moveaxis(matrix.reshape(out_channels, *kernel, in_channels), -1, 1))
+    # A copy also where the order in memory is the same: torch takes the strides of a single channel for a layout.
+    return np.moveaxis(matrix.reshape(out_channels, *kernel, in_channels), -1, 1).copy()
 
 
 def _gemm_shape(name: str, weight_shape: tuple[int, ...], groups: int) -> LayerShape:

@@ -310,7 +310,7 @@ def _find_fashion_mnist(cache: Path, opener: Opener, seed: int) -> Dataset:
 
 
 def _from_folder(folder: Path, name: str, where: str = "folder given") -> Dataset:
-    """The four IDX files of a folder; with the name "fashion-mnist" their checksums must be its own."""
+    """The four IDX files of a folder; asked for "fashion-mnist", their checksums must be its own."""
     contents: dict[str, bytes] = {}
     problems: list[Problem] = []
     for file in FILES:
@@ -318,12 +318,12 @@ def _from_folder(folder: Path, name: str, where: str = "folder given") -> Datase
             contents[file] = _read_maybe_gzip(folder, file)
         except InputError as error:
             problems += error.problems
+    foreign = [
+        file for file, content in contents.items() if hashlib.sha256(content).hexdigest() != SHA256[file]
+    ]
     if name == "fashion-mnist":
-        problems += [
-            Problem(file, "SHA-256 is not that of Fashion-MNIST", 'use the name "idx" for a set of your own')
-            for file, content in contents.items()
-            if hashlib.sha256(content).hexdigest() != SHA256[file]
-        ]
+        hint = 'use the name "idx" for a set of your own'
+        problems += [Problem(file, "SHA-256 is not that of Fashion-MNIST", hint) for file in foreign]
     if problems:
         raise InputError(str(folder), problems)
     arrays = {
@@ -341,8 +341,8 @@ def _from_folder(folder: Path, name: str, where: str = "folder given") -> Datase
         )
     if problems:
         raise InputError(str(folder), problems)
-    if name == "fashion-mnist":
-        classes, title = FASHION_CLASSES, "Fashion-MNIST"
+    if not foreign:
+        name, classes, title = "fashion-mnist", FASHION_CLASSES, "Fashion-MNIST"
     else:
         count = 1 + max(int(arrays[FILES[1]].max()), int(arrays[FILES[3]].max()))
         classes, title = tuple(str(index) for index in range(count)), "IDX files"
@@ -436,7 +436,7 @@ def _dataset(
     deviation = float(np.sqrt((histogram * (levels - mean) ** 2).sum() / train_images.size))
 
     def images(values: NDArray[np.uint8]) -> torch.Tensor:
-        return torch.from_numpy(np.array(values)[:, None])
+        return torch.from_numpy(np.array(values)).unsqueeze(1)
 
     def labels(values: NDArray[np.uint8]) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.int64))

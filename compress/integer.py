@@ -76,9 +76,10 @@ def make_requantizer(
 ) -> Requantizer:
     """The integers that come nearest to ``y = (gain · acc + offset) / output_scale``.
 
-    The machine computes ``clamp(floor((acc + bias) · scale / 2**shift + 1/2))``. The bias is in units of the accumulator (``offset / gain``) and the scale has 15 significant bits. Where the bias would not
-    fit 32 bits (a channel whose normalisation has a gain of nearly 0), the gain is raised until it does: the constant is kept,
-    and the accumulator adds what should have been less than ``acc / 2**31`` of it.
+    The machine computes ``clamp(floor((acc + bias) · scale / 2**shift + 1/2))``. The bias is in units of the accumulator
+    (``offset / gain``) and the scale has 15 significant bits. Where the bias would not fit 32 bits (a channel whose
+    normalisation has a gain of nearly 0), the gain is raised until it does: the constant is kept, and the accumulator adds
+    what should have been less than ``acc / 2**31`` of it.
 
     Parameters
     ----------
@@ -336,7 +337,12 @@ class _Graph:
 
     def is_scale_free(self, node: torch.fx.Node) -> bool:
         """Whether a node may act on integers: it commutes with a positive scale and reads one tensor."""
-        if len(node.all_input_nodes) != 1 or node.kwargs.get("return_indices"):
+        source, *others = node.all_input_nodes or [node]
+        if (
+            not all(_is_size(other) for other in others)
+            or _is_size(source)
+            or node.kwargs.get("return_indices")
+        ):
             return False
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
@@ -351,7 +357,21 @@ def _calls(node: torch.fx.Node, names: set[str]) -> bool:
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    """The one node that reads the values of this one; reading its size is no matter."""
+    users = [user for user in node.users if not _is_size(user)]
+    return users[0] if len(users) == 1 else None
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    """Whether a node is a size of a tensor, or computed from sizes alone (``x.size(0)``, ``x.shape[1] * 2``)."""
+    if node.op == "call_method" and node.target in ("size", "dim"):
+        return True
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    is_arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    return is_arithmetic and all(_is_size(source) for source in node.all_input_nodes)
 
 
 # --- calibration
@@ -367,8 +387,9 @@ class _Range:
     def observe(self, values: Tensor, generator: torch.Generator) -> None:
         flat = values.detach().flatten().float().cpu()
         self.largest = max(self.largest, float(flat.abs().max()))
-        rows = torch.randint(len(flat), (min(len(flat), SAMPLES_PER_BATCH),), generator=generator)
-        self._samples.append(flat[rows])
+        if len(flat) > SAMPLES_PER_BATCH:
+            flat = flat[torch.randint(len(flat), (SAMPLES_PER_BATCH,), generator=generator)]
+        self._samples.append(flat.clone())
 
     def scale(self, bits: int, clip: bool) -> float:
         """Real value of one integer: the largest value fits, or (``clip``) the squared error is least."""
@@ -735,7 +756,7 @@ class IntegerModel:
                 self._output_scale = scales.get(node.args[0])
                 if self._output_scale is None:
                     _all_in_float(module, node, scales, floats)
-            elif node.op != "placeholder":
+            elif node.op != "placeholder" and not _is_size(node):
                 _all_in_float(module, node, scales, floats)
                 if not graph.is_scale_free(node):
                     outside.append(node.name)

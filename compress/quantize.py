@@ -106,23 +106,21 @@ def choose_step_size(
         Exactly representable in float32; 1.0 for a layer without a non-zero weight.
     """
     _, m, k = dense.shape
-    weights = dense[expand_blocks(types == DENSE, block, m, k)].double()
-    shared = magnitudes[types == UNIFIED].double()
-    entries = real_entries(m, k, block).to(types.device).expand(types.shape)[types == UNIFIED].double()
+    weights = dense[expand_blocks(types == DENSE, block, m, k)]
+    shared = magnitudes[types == UNIFIED]
+    entries = real_entries(m, k, block).to(types.device).expand(types.shape)[types == UNIFIED]
     least, greatest = weight_range(weight_bits)
     _, most = magnitude_range(magnitude_bits)
     fitted = max(_largest(weights) / greatest, _largest(shared) / most)
     if fitted == 0:
         return 1.0
+    stride = -(-(weights.numel() + shared.numel()) // _SEARCH_VALUES)
+    weights, shared, entries = (part[::stride].double() for part in (weights, shared, entries))
     one = torch.ones_like
-    columns = (
-        torch.cat([weights, shared]),
-        torch.cat([one(weights), entries]),
-        torch.cat([one(weights) * least, one(shared) * 0]),
-        torch.cat([one(weights) * greatest, one(shared) * most]),
-    )
-    stride = -(-columns[0].numel() // _SEARCH_VALUES)
-    values, counts, low, high = (column[::stride] for column in columns)
+    values = torch.cat([weights, shared])
+    counts = torch.cat([one(weights), entries])
+    low = torch.cat([one(weights) * least, one(shared) * 0])
+    high = torch.cat([one(weights) * greatest, one(shared) * most])
 
     def error(step_size: float) -> float:
         quantized = torch.clamp(torch.round(values / step_size), low, high) * step_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,104 @@ from torch import nn
 
 from compress import zoo
 from compress.artifact import Artifact, DatasetNote
-from compress.integer import IntegerModel
+from compress.data import Dataset, balanced_subset
+from compress.fit import Progress, compress
+from compress.integer import IntegerModel, quantize_activations
 from compress.layers import CompressedLayer
+from compress.rules import CompressionConfig, Recipe
 from compress.shapes import layer_shapes
-from compress.train import state_problems
+from compress.train import Checkpoint, channels_last, check_fit, evaluate, note_of, state_problems
 from hwsim.errors import FormatError, InputError, Problem
 
-__all__ = ["make_artifact", "rebuild", "rebuild_integer"]
+__all__ = ["compress_checkpoint", "make_artifact", "rebuild", "rebuild_integer"]
+
+
+def compress_checkpoint(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    config: CompressionConfig,
+    recipe: Recipe | None = None,
+    *,
+    activation_bits: int = 8,
+    accumulator_bits: int = 32,
+    calibration_images: int = 512,
+    progress: Callable[[Progress], None] | None = None,
+) -> Artifact:
+    """From a trained network to its compressed form with both accuracies: everything that `hwsim compress` does.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Its model is left as it is.
+    data : Dataset
+    config : CompressionConfig
+    recipe : Recipe, optional
+    activation_bits, accumulator_bits : int
+        Of the integer model.
+    calibration_images : int
+        Training images, as many of each class, that set the scales of the activations.
+    progress : callable, optional
+        See `compress.fit.compress`.
+
+    Returns
+    -------
+    Artifact
+        ``results`` holds ``accuracy_dense``, ``accuracy_projected``, ``accuracy_retrained`` (float, quantised weights),
+        ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``.
+
+    Raises
+    ------
+    InputError
+        Configuration, data and network do not suit each other; see `compress.fit.compress`.
+    """
+    recipe = recipe or Recipe()
+    model = copy.deepcopy(checkpoint.model)
+    test_inputs = data.normalise(data.test_images)
+
+    def accuracy(network: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        return evaluate(network, test_inputs, data.test_labels)
+
+    check_fit(model, data)
+    train_inputs = data.normalise(data.train_images)
+    with channels_last(model, test_inputs[:2]):
+        result = compress(
+            model, config, (train_inputs, data.train_labels), recipe, evaluate=accuracy, progress=progress
+        )
+    chosen = torch.from_numpy(balanced_subset(data.train_labels.numpy(), calibration_images, recipe.seed))
+    integer_model = quantize_activations(
+        model,
+        result.layers,
+        train_inputs[chosen],
+        activation_bits=activation_bits,
+        accumulator_bits=accumulator_bits,
+    )
+    results = {
+        "accuracy_dense": result.accuracy_dense,
+        "accuracy_projected": result.accuracy_projected,
+        "accuracy_retrained": result.accuracy_retrained,
+        "accuracy_integer": accuracy(integer_model),
+        "test_images": len(data.test_labels),
+        "warnings": [*result.warnings, *integer_model.notes],
+    }
+    how = {
+        "config": config.model_dump(mode="json"),
+        "training": recipe.model_dump(mode="json"),
+        "train_images": len(data.train_labels),
+        "calibration_images": len(chosen),
+        "dense": {"seed": checkpoint.seed, "epochs": len(checkpoint.history)},
+    }
+    return make_artifact(
+        model,
+        result.layers,
+        data.input_shape,
+        checkpoint.num_classes,
+        network=checkpoint.network,
+        integer_model=integer_model,
+        seed=recipe.seed,
+        recipe=how,
+        results=results,
+        dataset=note_of(data),
+    )
 
 
 def make_artifact(
@@ -105,7 +197,9 @@ def rebuild(artifact: Artifact, factory: Callable[[], nn.Module] | None = None) 
     if factory is None and not artifact.network:
         hint = "rebuild(artifact, factory=YourNetwork)"
         raise InputError("rebuild", Problem("network", "the file does not name a network of the zoo", hint))
-    model = factory() if factory is not None else zoo.build(artifact.network, artifact.num_classes, device="meta")
+    model = (
+        factory() if factory is not None else zoo.build(artifact.network, artifact.num_classes, device="meta")
+    )
     state = {name: torch.from_numpy(values.copy()) for name, values in artifact.state.items()}
     state |= {f"{name}.weight": torch.from_numpy(artifact.weight(name)) for name in artifact.compressed}
     problems = state_problems(model, state)

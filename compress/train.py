@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ from hwsim.machine import validation_problems
 __all__ = [
     "Checkpoint",
     "Epoch",
+    "channels_last",
     "evaluate",
     "load_checkpoint",
     "load_weights",
@@ -95,15 +97,13 @@ def train(
     """
     count = len(data.train_labels)
     _check_settings(epochs, lr, batch_size)
-    _check_fit(model, data)
+    check_fit(model, data)
     batch_size = min(batch_size, count)
     batches = count // batch_size
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * batches)
     history: list[Epoch] = []
-    # oneDNN convolves faster on channels-last weights: the same values in another order of memory.
-    _lay_out(model, torch.channels_last)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), channels_last(model, data.normalise(data.test_images[:2])):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
@@ -123,15 +123,40 @@ def train(
             seconds = time.perf_counter() - started
             test_accuracy = evaluate(model, data.normalise(data.test_images), data.test_labels)
             history.append(Epoch(epoch, loss_sum / batches, test_accuracy, seconds))
-    _lay_out(model, torch.contiguous_format)
     model.eval()
     return tuple(history)
+
+
+@contextmanager
+def channels_last(model: nn.Module, sample: torch.Tensor) -> Iterator[None]:
+    """Weights of 2-d convolutions with the channel fastest in memory, and back again.
+
+    Values and results are the same; oneDNN trains LeNet-5 up to a quarter faster (measured on one AVX-512 core). A network that
+    cannot run so (it calls ``view`` where only ``reshape`` would do) stays as it is.
+
+    Parameters
+    ----------
+    model : nn.Module
+    sample : tensor
+        A small input, to try it.
+    """
+    _lay_out(model, torch.channels_last)
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            model(sample)
+    except RuntimeError:
+        _lay_out(model, torch.contiguous_format)
+    try:
+        yield
+    finally:
+        _lay_out(model, torch.contiguous_format)
 
 
 def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+            # A copy even where the order is the same: with one channel both layouts are, but their strides are not.
+            parameter.data = parameter.data.clone(memory_format=memory_format)
 
 
 def _check_settings(epochs: int, lr: float, batch_size: int) -> None:
@@ -146,7 +171,7 @@ def _check_settings(epochs: int, lr: float, batch_size: int) -> None:
         raise InputError("training", problems)
 
 
-def _check_fit(model: nn.Module, data: Dataset) -> None:
+def check_fit(model: nn.Module, data: Dataset) -> None:
     """Refuse a network that does not take the images or has another number of outputs than there are classes."""
     sample = data.normalise(data.train_images[:2])
     try:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import cache
 from importlib import resources
 from typing import Any
 
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.layer import LayerShape
 
-__all__ = ["zoo_shapes"]
+__all__ = ["zoo_names", "zoo_shapes"]
 
 _FILE = "zoo_shapes.json"
 
@@ -26,12 +27,22 @@ def zoo_shapes(network: str, batch: int = 1) -> list[LayerShape]:
     InputError
         Unknown name, with the nearest one.
     """
-    known = json.loads(resources.files("compress").joinpath(_FILE).read_text("utf-8"))
+    known = _known()
     if network not in known:
         raise InputError(
             "network", Problem("name", f'"{network}" is not in the zoo', nearest_name(network, known))
         )
     return [replace(_shape(entry), batch=batch) for entry in known[network]]
+
+
+def zoo_names() -> list[str]:
+    """The networks of the zoo."""
+    return list(_known())
+
+
+@cache
+def _known() -> dict[str, list[dict[str, Any]]]:
+    return json.loads(resources.files("compress").joinpath(_FILE).read_text("utf-8"))
 
 
 def _shape(entry: dict[str, Any]) -> LayerShape:

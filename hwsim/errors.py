@@ -52,6 +52,10 @@ class InputError(HwsimError, ValueError):
         self.problems = tuple(problems)
         super().__init__(self._text())
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, tuple[Problem, ...]]]:
+        # The default would rebuild from the text alone, and fail; errors cross process borders in sweeps.
+        return type(self), (self.source, self.problems)
+
     def _text(self) -> str:
         if len(self.problems) == 1:
             return f"{self.source}: {self.problems[0]}"

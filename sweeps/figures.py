@@ -19,7 +19,7 @@ from hwsim.errors import InputError, Problem, nearest_name
 from sweeps.pareto import knee_point, pareto_front
 from sweeps.store import write_atomically
 from sweeps.style import COLUMN_INCHES, NEUTRAL, PAGE_INCHES, PALETTE, marker_and_color, new_figure, style
-from sweeps.summary import configuration_means
+from sweeps.summary import configuration_means, identity_columns
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -54,7 +54,7 @@ _DOT: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "white", "marker
 _MOST_BARS = 20
 _MOST_DOTS_ABREAST = 36
 _MOST_COMPONENTS = 8
-_RASTER_ABOVE = 2000  # markers; above it a vector file would be slow to open
+_RASTER_ABOVE = 5000  # markers; above it a vector file would be slow to open
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +136,12 @@ def speedup_plot(points: pd.DataFrame) -> Plot:
         "speedup_with_memory": "With memory",
         "speedup_equal_area": "At equal area",
     }
-    data = _over_seeds(points, _CONFIGURATION, list(panels))
+    data = _over_seeds(points, _CONFIGURATION, list(panels), may_miss=True)
     figure = _dot_grid(data, panels, "Speed-up over dense (×)", reference=1.0)
     caption = (
         "Speed-up over the dense machine by block shape: cycles of the passes only, latency with memory on the "
         "same array, and latency against a dense machine of the same area. p and u are the shares of pruned and "
-        "of unified blocks; the dashed line is the dense machine."
+        "of unified blocks; the dashed line is the dense machine. Nothing is drawn where that does not fit."
     )
     return Plot("speedup", "Speed-up against block shape and ratio", caption, figure, data)
 
@@ -178,7 +178,7 @@ def _dot_grid(
             axes.set_title(f"{panels[column]}, {_HOLD_TEXT[hold]}")
             axes.set_xticks(range(len(blocks)), [_block_text(block) for block in blocks])
             axes.grid(True, axis="y")
-        highest = max(reference or 0.0, data[[f"{column}_max" for column in panels]].to_numpy().max())
+        highest = max(reference or 0.0, float(np.nanmax(data[[f"{column}_max" for column in panels]])))
         grid[0].set_ylim(0, 1.08 * highest)  # the panels share their axes
         figure.supylabel(quantity, fontsize=8)
         figure.supxlabel("Block shape (output channels × reduction positions)", fontsize=8)
@@ -276,7 +276,8 @@ def storage_plot(points: pd.DataFrame, storage: pd.DataFrame) -> Plot:
     data = data.merge(totals[[*_WEIGHTS, *references]], on=_WEIGHTS)
     shown = _few(totals)
     scale, unit = _unit(totals["image_bytes"].max(), {2**20: "MiB", 2**10: "KiB", 1: "bytes"})
-    streams = [name for name in _STREAM_TEXT if name in set(data["stream"])]
+    used = set(data.loc[data["size_bytes"] > 0, "stream"])
+    streams = [name for name in _STREAM_TEXT if name in used]
     colors = dict(zip(_STREAM_TEXT, PALETTE, strict=False))
     with style():
         figure, axes = _bar_figure(shown, inches_per_bar=0.24)
@@ -618,7 +619,6 @@ def _label_points(
     A point without room gets none; the figure's data names them all.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
 
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -639,9 +639,9 @@ def _label_points(
         for dx, dy, ha, va in _LABEL_PLACES:
             label.set(position=(dx, dy), ha=ha, va=va)
             box = label.get_window_extent(renderer)
-            inside = Bbox.intersection(box, axes.bbox)
-            room = inside is not None and np.allclose(inside.size, box.size)
-            if room and not box.count_overlaps(taken) and not _holds_any(box.padded(margin), obstacles):
+            padded = box.padded(margin)
+            inside = np.all(padded.min >= axes.bbox.min) and np.all(padded.max <= axes.bbox.max)
+            if inside and not box.count_overlaps(taken) and not _holds_any(padded, obstacles):
                 taken.append(box)
                 break
         else:
@@ -702,17 +702,23 @@ def _check_fractions(points: pd.DataFrame, columns: list[str]) -> None:
         raise InputError("points", problems)
 
 
-def _over_seeds(points: pd.DataFrame, by: list[str], columns: list[str]) -> pd.DataFrame:
-    """Mean (under the column's own name), least and most over the seeds of each configuration, blocks by size."""
-    axes = [name for name in points.columns if "." in str(name)]
-    valid = _valid(points, ["key", "network", "machine", "seed", *_CONFIGURATION, *columns])
-    _check_one(points.loc[valid.index], ["network", "machine", *axes])
-    repeated = valid.duplicated([*_CONFIGURATION, "seed"])
-    if repeated.any():
-        found = f"{int(repeated.sum())} points share block, ratios, hold and seed with another"
-        raise InputError(
-            "points", Problem("", found, "draw one training setting and one batch size at a time")
-        )
+def _over_seeds(
+    points: pd.DataFrame, by: list[str], columns: list[str], *, may_miss: bool = False
+) -> pd.DataFrame:
+    """Mean (under the column's own name), least and most over the seeds of each configuration, blocks by size.
+
+    With ``may_miss`` single values may be missing; a configuration without any stays so.
+    """
+    identity = ["key", "network", "machine", "seed", *_CONFIGURATION]
+    _need(points, columns, "points")
+    valid = points.loc[_valid(points, identity if may_miss else [*identity, *columns]).index]
+    if valid[columns].isna().all(axis=None):
+        raise InputError("points", Problem(", ".join(columns), "every value is missing, nothing to draw"))
+    _check_one(valid, [name for name in identity_columns(points) if name not in _CONFIGURATION])
+    repeated = int(valid.duplicated([*_CONFIGURATION, "seed"]).sum())
+    if repeated:
+        found = f"{repeated} points share block, ratios, hold and seed with another"
+        raise InputError("points", Problem("", found, "every point once"))
     one_each = valid.drop_duplicates([*by, "seed"])  # weights are the same for every way to hold the machine
     named = {f"{name}{end}": (name, how) for name in columns for end, how in _SPREAD.items()}
     frame = one_each.groupby(by, as_index=False).agg(seeds=("seed", "nunique"), **named)

@@ -131,8 +131,9 @@ def write_report(path: str | Path, **content: Any) -> Path:
 
 
 def _columns(points: pd.DataFrame) -> list[_Column]:
-    axes = [_Column(name, name, format="{:g}") for name in identity_columns(points) if "." in name]
-    return [column for column in (*_NAMED, *axes, *_MEASURED) if column.name in points]
+    named = {column.name for column in _NAMED} | {"block_rows", "block_columns"}
+    others = [_Column(name, name, format="{:g}") for name in identity_columns(points) if name not in named]
+    return [column for column in (*_NAMED, *others, *_MEASURED) if column.name in points]
 
 
 def _is_constant(points: pd.DataFrame, column: _Column) -> bool:

@@ -376,6 +376,11 @@ class Point:
         }
         return _digest(inputs)
 
+    @property
+    def precision(self) -> dict[str, int]:
+        """The machine's number formats, which training and calibration depend on."""
+        return dict(self._machine_fields()["precision"])
+
     def columns(self) -> dict[str, Any]:
         """What identifies the point in the ``points`` table, the varied machine fields included."""
         return {
@@ -389,10 +394,17 @@ class Point:
             "hold": self.hold,
             "machine": self.base.name,
             "seed": self.seed,
+            "batch": self.batch,
             "training_key": self.training_key,
+            "training_settings": self._settings_name(),
             "model_version": MODEL_VERSION,
             **dict(self.fields),
         }
+
+    def _settings_name(self) -> str:
+        """Tells points of different training settings apart in a table; the manifest has the settings."""
+        settings = self.weights.model_dump(mode="json")
+        return f"{type(self.weights).__name__.lower()}-{_digest(settings)[:8]}"
 
     def _machine_fields(self) -> dict[str, Any]:
         data = self.base.model_dump(mode="json")

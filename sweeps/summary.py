@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hwsim.errors import InputError, Problem, nearest_name
@@ -31,17 +31,30 @@ _RESULTS = [
 _ACCURACIES = ["accuracy_integer", "accuracy_dense_float"]
 
 
+_SETTINGS = ["batch", "training_settings", "model_version", "clock_mhz"]
+
+
 def identity_columns(points: pd.DataFrame) -> list[str]:
     """The columns that tell configurations apart, the varied machine fields (dotted names) included, less the seed."""
-    return [*_IDENTITY, *(str(name) for name in points.columns if "." in str(name))]
+    others = [str(name) for name in points.columns if name in _SETTINGS or "." in str(name)]
+    return [*_IDENTITY, *others]
 
 
 def configuration_means(points: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """A row per configuration: what identifies it, and the means of ``columns`` over its seeds.
 
     Fronts and choices are made on means, so that the luck of one seed does not win.
+
+    Raises
+    ------
+    InputError
+        Two points share configuration and seed.
     """
     by = identity_columns(points)
+    repeated = int(points.duplicated([*by, "seed"]).sum())
+    if repeated:
+        found = f"{repeated} points share configuration and seed with another"
+        raise InputError("points", Problem("", found, "every point once"))
     return points.groupby(by, as_index=False, dropna=False, sort=False)[list(columns)].mean()
 
 
@@ -76,58 +89,66 @@ def summarise(points: pd.DataFrame) -> list[str]:
 def _of_network(network: str, points: pd.DataFrame) -> list[str]:
     accuracies = [name for name in _ACCURACIES if name in points and points[name].notna().all()]
     means = configuration_means(points, [*_RESULTS, *accuracies])
+    varied = [name for name in identity_columns(means) if name not in _IDENTITY and means[name].nunique() > 1]
+
+    def described(row: pd.Series) -> str:
+        return _described(row, varied)
+
     seeds = points["seed"].nunique()
     of_seeds = f", means of {seeds} seeds" if seeds > 1 else ""
+    ratios = len(means[["pruned", "unified"]].drop_duplicates())
     sentences = [
-        f"{network}: {len(means)} configurations ({means['block'].nunique()} block shapes, "
-        f"{len(means[['pruned', 'unified']].drop_duplicates())} ratios) on {', '.join(means['machine'].unique())}"
-        f"{of_seeds}."
+        f"{network}: {len(means)} configurations ({means['block'].nunique()} block shapes, {ratios} ratios) on "
+        f"{', '.join(means['machine'].unique())}{of_seeds}."
     ]
     if len(accuracies) < len(_ACCURACIES):
         sentences.append("Block types are random, nothing was trained: there are no accuracies.")
-        sentences.append("Fastest: " + _described(_first_by(means, "latency_ms", "image_bytes")))
-        sentences.append("Smallest: " + _described(_first_by(means, "image_bytes", "latency_ms")))
-        return sentences
+        return sentences + _extremes(means, "", described)
     dense = means["accuracy_dense_float"].mean()
     sentences.append(f"The uncompressed network reaches {100 * dense:.2f} % in float.")
     close = means[means["accuracy_integer"] >= means["accuracy_dense_float"] - CLOSE_POINTS / 100]
     if close.empty:
         best = _first_by(means.assign(loss=-means["accuracy_integer"]), "loss", "latency_ms")
         sentences.append(
-            f"No configuration comes within {CLOSE_POINTS:g} point of it. Closest: " + _described(best)
+            f"No configuration comes within {CLOSE_POINTS:g} point of it. Closest: {described(best)}"
         )
     else:
-        within = f"of the {len(close)} within {CLOSE_POINTS:g} point of it"
-        sentences.append(f"Fastest {within}: " + _described(_first_by(close, "latency_ms", "image_bytes")))
-        sentences.append(f"Smallest {within}: " + _described(_first_by(close, "image_bytes", "latency_ms")))
+        sentences += _extremes(close, f" of the {len(close)} within {CLOSE_POINTS:g} point of it", described)
     knee = knee_point(means, minimise=["latency_ms"], maximise=["accuracy_integer"])
-    sentences.append("Knee of accuracy against latency: " + _described(knee))
-    return sentences
+    return [*sentences, f"Knee of accuracy against latency: {described(knee)}"]
+
+
+def _extremes(means: pd.DataFrame, among: str, described: Callable[[pd.Series], str]) -> list[str]:
+    fastest = _first_by(means, "latency_ms", "image_bytes")
+    smallest = _first_by(means, "image_bytes", "latency_ms")
+    if fastest.name == smallest.name:
+        return [f"Fastest and smallest{among}: {described(fastest)}"]
+    return [f"Fastest{among}: {described(fastest)}", f"Smallest{among}: {described(smallest)}"]
 
 
 def _first_by(configurations: pd.DataFrame, *columns: str) -> pd.Series:
     return configurations.sort_values(list(columns), kind="stable").iloc[0]
 
 
-def _described(row: pd.Series) -> str:
-    """One configuration in a sentence."""
-    axes = "".join(
-        f", {name} {row[name]:g}" if _is_number(row[name]) else f", {name} {row[name]}"
-        for name in row.index
-        if "." in name
-    )
+def _described(row: pd.Series, varied: Sequence[str]) -> str:
+    """One configuration in a sentence, with the further columns in which configurations differ."""
+    others = "".join(f", {name} {row[name]}" for name in varied)
     accuracy = (
         f"{100 * row['accuracy_integer']:.2f} % (8-bit integer), " if "accuracy_integer" in row.index else ""
     )
+    speedups = [
+        f"{_times(row[f'speedup_{name}'])} ({name.replace('_', ' ')})"
+        for name in ("compute_only", "with_memory", "equal_area")
+    ]
     return (
-        f"blocks {row['block'].replace('x', '×')}, p {row['pruned']:g}, u {row['unified']:g}, {row['hold']} fixed{axes}: "
-        f"{accuracy}{row['latency_ms']:.3g} ms; faster than dense by {row['speedup_compute_only']:.2f}× (compute only), "
-        f"{row['speedup_with_memory']:.2f}× (with memory), {row['speedup_equal_area']:.2f}× (at equal area); "
-        f"{row['image_bytes'] / 1024:.1f} KiB, {row['fp32_bytes'] / row['image_bytes']:.1f}× smaller than fp32 and "
-        f"{row['int8_bytes'] / row['image_bytes']:.1f}× than int8; {row['energy_pj'] / 1e6:.3g} µJ, "
-        f"{row['dense_energy_pj'] / row['energy_pj']:.2f}× less than dense."
+        f"blocks {row['block'].replace('x', '×')}, p {row['pruned']:g}, u {row['unified']:g}, {row['hold']} fixed"
+        f"{others}: {accuracy}{row['latency_ms']:.3g} ms; faster than dense by {', '.join(speedups)}; "
+        f"{row['image_bytes'] / 1024:.1f} KiB, {_times(row['fp32_bytes'] / row['image_bytes'])} smaller than fp32 and "
+        f"{_times(row['int8_bytes'] / row['image_bytes'])} than int8; {row['energy_pj'] / 1e6:.3g} µJ, "
+        f"{_times(row['dense_energy_pj'] / row['energy_pj'])} less than dense."
     )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _times(ratio: float) -> str:
+    """``2.50×``; where the dense network does not fit its machine, there is nothing to compare with."""
+    return "–" if ratio != ratio else f"{ratio:.2f}×"

@@ -57,7 +57,10 @@ def test_training_step(benchmark, kind):
     retraining = MaskedRetraining(model, plan, admm.finalize()) if kind == "retrain" else None
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
-    inputs, targets = torch.randn(64, 1, 28, 28, generator=generator), torch.randint(0, 10, (64,), generator=generator)
+    inputs, targets = (
+        torch.randn(64, 1, 28, 28, generator=generator),
+        torch.randint(0, 10, (64,), generator=generator),
+    )
 
     def step():
         optimizer.zero_grad()

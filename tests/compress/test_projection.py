@@ -252,7 +252,7 @@ def test_costs_that_overflow_or_underflow_float32_still_rank(scale):
 def test_a_nan_is_refused_by_the_name_of_its_layer(bad):
     weight = random_weight((8, 8))
     weight[3, 5] = bad
-    with pytest.raises(InputError, match="layer features.3: weight: 1 of 64 weights are NaN or infinite"):
+    with pytest.raises(InputError, match=r"layer features\.3: weight: 1 of 64 weights are NaN or infinite"):
         project(weight, (4, 4), 0.5, 0.5, name="features.3")
 
 

@@ -177,9 +177,14 @@ def test_few_bits_mean_few_levels(bits):
 
 def test_an_interrupt_leaves_a_plain_network():
     model, plan, types = prepared()
-    with pytest.raises(KeyboardInterrupt), MaskedRetraining(model, plan, types) as retraining:
-        train(model, retraining, steps=2)
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with MaskedRetraining(model, plan, types) as retraining:
+            train(model, retraining, steps=2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
     assert set(model.state_dict()) == set(network().state_dict())
 
@@ -202,7 +207,7 @@ def test_nan_weights_are_refused_at_harvest():
     retraining = MaskedRetraining(model, plan, types)
     with torch.no_grad():
         model[2].parametrizations["weight"].original1.view(-1)[0] = float("nan")
-    with pytest.raises(InputError, match="layer 2: .*NaN"):
+    with pytest.raises(InputError, match=r"layer 2: .*NaN"):
         retraining.harvest()
 
 

@@ -29,7 +29,8 @@ def fields(error):
 def test_toml_gives_the_same_as_python(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(
-        'block = [2, 8]\npruned = 0.75\nunified = 0.25\nexempt_first_last = false\n[[rules]]\npattern = "fc*"\nweight_bits = 4\n'
+        "block = [2, 8]\npruned = 0.75\nunified = 0.25\nexempt_first_last = false\n"
+        '[[rules]]\npattern = "fc*"\nweight_bits = 4\n'
     )
     expected = CompressionConfig(
         block=(2, 8),
@@ -89,7 +90,7 @@ def test_rules_that_are_no_list_of_tables_are_refused(rules):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(InputError, match="none.toml: cannot be read"):
+    with pytest.raises(InputError, match=r"none\.toml: cannot be read"):
         load_config(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("block = [")
     with pytest.raises(InputError, match="not valid TOML"):
@@ -130,7 +131,7 @@ def test_later_rules_win_and_leave_the_rest_alone():
 
 def test_a_rule_that_matches_nothing_names_the_nearest_layer():
     model = nn.ModuleDict({"encoder": nn.Linear(4, 4), "decoder": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
-    with pytest.raises(InputError, match='"decodr" matches no layer.*did you mean "decoder"'):
+    with pytest.raises(InputError, match=r'"decodr" matches no layer.*did you mean "decoder"'):
         plan_layers(model, CompressionConfig(rules=[{"pattern": "decodr", "pruned": 0.1}]))
 
 
@@ -229,7 +230,7 @@ def test_every_module_with_weights_is_either_planned_or_named_with_a_reason():
 
 
 def test_a_network_without_a_treatable_layer_is_refused():
-    with pytest.raises(InputError, match="no Linear or Conv1d/2d/3d.*Embedding is not"):
+    with pytest.raises(InputError, match=r"no Linear or Conv1d/2d/3d.*Embedding is not"):
         plan_layers(nn.Sequential(nn.Embedding(4, 4)), CompressionConfig())
 
 

@@ -374,17 +374,19 @@ class Schedule:
             parts[max(channel, key=lambda name: channel[name])] += step.step_cycles - step.busy_cycles
         return parts
 
-    def flows(self) -> list[tuple[int, int, int]]:
-        """Per step: bytes that the channel moves, cycles of the step, cycles of its passes."""
-        flows = []
+    def flows(self) -> list[tuple[int, int]]:
+        """Bytes that the channel moves and cycles, of each phase: ``load_0``, the steps, the last store."""
+        first, last = self.steps[0], self.steps[-1]
+        loads = [step.load_weight_bytes + step.load_input_bytes for step in self.steps]
+        phases = [(loads[0], first.load_weight_cycles + first.load_input_cycles)]
         for index, step in enumerate(self.steps):
             moved = step.stream_bytes
             if index + 1 < len(self.steps):
-                moved += self.steps[index + 1].load_weight_bytes + self.steps[index + 1].load_input_bytes
+                moved += loads[index + 1]
             if index:
                 moved += self.steps[index - 1].store_bytes
-            flows.append((moved, step.step_cycles, step.busy_cycles))
-        return flows
+            phases.append((moved, step.step_cycles))
+        return [*phases, (last.store_bytes, last.store_cycles)]
 
 
 class LayerReference:
@@ -534,42 +536,40 @@ class LayerReference:
 
     # -- grouping
 
-    def _column_groups(self, room: Callable[[int], bool]) -> list[list[Unit]]:
-        """Greedy runs of units that fit; ``room(positions)`` says whether their outputs fit."""
+    def _column_groups(self, channels: int) -> Iterator[list[Unit]]:
+        """Greedy runs of units to meet so many output channels."""
 
         def fits(run: list[Unit]) -> bool:
             if not self.units_are_rows and run[0].row != run[-1].row:
                 return False
             inputs = self.input_is_whole or self.fits_half_activations(self.need_bits(self.need(run)))
-            return inputs and room(run[-1].last - run[0].first)
+            return inputs and self.fits_half_output(channels, run[-1].last - run[0].first)
 
-        return list(_greedy(self.units, fits))
+        return _greedy(self.units, fits)
 
-    def _row_groups(self, group: int, room: Callable[[int], bool]) -> list[list[int]]:
+    def _row_groups(self, group: int, positions: int) -> Iterator[list[int]]:
+        """Greedy runs of row tiles to meet so many positions."""
+
         def fits(run: list[int]) -> bool:
             weights = self.weight_residence != "grouped" or self._weights_fit(
                 [(group, tile) for tile in run], self._half_shares()
             )
-            return weights and room(self.channels(group, run))
+            return weights and self.fits_half_output(self.channels(group, run), positions)
 
-        return list(_greedy(list(self.tiles), fits))
+        return _greedy(list(self.tiles), fits)
 
     def _plan(self, loop_order: str) -> Iterator[tuple[int, list[int], list[Unit]]]:
         widest = max(unit.last - unit.first for unit in self.units)
         for group in range(self.geometry.groups):
             # "the row tile with the most output channels": of this group of the layer.
             fullest = max(self.channels(group, [tile]) for tile in self.tiles)
-            if loop_order == "weights_outer":
-                for tiles in self._row_groups(
-                    group, lambda channels: self.fits_half_output(channels, widest)
-                ):
-                    live = self.channels(group, tiles)
-                    for units in self._column_groups(lambda n, live=live: self.fits_half_output(live, n)):
+            if loop_order == "weights outer":
+                for tiles in self._row_groups(group, widest):
+                    for units in self._column_groups(self.channels(group, tiles)):
                         yield group, tiles, units
             else:
-                for units in self._column_groups(lambda n, most=fullest: self.fits_half_output(most, n)):
-                    n = units[-1].last - units[0].first
-                    for tiles in self._row_groups(group, lambda live, n=n: self.fits_half_output(live, n)):
+                for units in self._column_groups(fullest):
+                    for tiles in self._row_groups(group, units[-1].last - units[0].first):
                         yield group, tiles, units
 
     # -- transfers
@@ -662,11 +662,13 @@ class LayerReference:
     ) -> None:
         weights: list[int] = []
         inputs: list[int] = []
-        if self.weight_residence == "grouped" and (before is None or before[:2] != (step.group, tiles)):
+        if self.weight_residence == "grouped" and (
+            before is None or (before[0], before[1]) != (step.group, tiles)
+        ):
             weights = self.weight_ranges(step.group, tiles)
         if not self.input_is_whole:
-            same_group = before is not None and before[0] == step.group
-            inputs = self.input_ranges(self.need(units), self.need(before[2]) if same_group else {})
+            resident = self.need(before[2]) if before is not None and before[0] == step.group else {}
+            inputs = self.input_ranges(self.need(units), resident)
         if before is None and self.weight_residence == "whole":
             weights = self.whole_weight_ranges()
         if before is None and self.input_is_whole:
@@ -715,7 +717,7 @@ class LayerReference:
         steps[-1].drain_stall_cycles += drain
 
     def schedules(self) -> list[Schedule]:
-        return [self.schedule("weights_outer"), self.schedule("columns_outer")]
+        return [self.schedule("weights outer"), self.schedule("columns outer")]
 
     def best(self) -> Schedule:
         """Lower latency, then lower traffic, then weights outer (the first)."""

@@ -38,7 +38,7 @@ def costs_of(columns: int, largest: int = 4) -> st.SearchStrategy[list[tuple[flo
 
 
 @given(st.integers(1, 4).flatmap(costs_of), st.integers(1, 7))
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_front_is_the_definition(costs, chunk):
     frame = as_frame(costs)
     with pytest.MonkeyPatch.context() as patch:
@@ -138,7 +138,7 @@ def test_knee_needs_finite_rows():
 
 
 @given(st.integers(2, 3).flatmap(lambda columns: costs_of(columns, largest=5)))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=70)
 def test_hypervolume_counts_the_dominated_unit_cells(costs):
     frame = as_frame(costs)
     corner = 4

@@ -159,6 +159,16 @@ def test_weights_are_shared_by_points_that_differ_in_the_machine_only():
     assert len({point.training_key for point in space.points()}) == 1
 
 
+def test_training_settings_have_a_name_of_their_own():
+    names = {
+        only_point(random=None, training={"admm_epochs": epochs}, seeds=[seed]).columns()["training_settings"]
+        for epochs in (1, 2)
+        for seed in (0, 1)
+    }
+    assert len(names) == 2
+    assert only_point().columns()["training_settings"].startswith("randomtypes-")
+
+
 def test_number_formats_belong_to_the_training():
     bits = {"base": "msa-16x16", "axes": {"precision.weight_bits": [4, 8]}}
     assert len({point.training_key for point in Space(**SMALL | {"machine": bits}).points()}) == 2

@@ -311,7 +311,7 @@ def test_killed_and_resumed(tmp_path):
     chance = random.Random(5)
     path = tmp_path / "results"
     killed = 0
-    while killed < 3:
+    while killed < 2:
         writer = start_writer(path, 0, 3000)
         assert writer.stdout is not None
         writer.stdout.readline()

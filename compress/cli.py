@@ -1,0 +1,237 @@
+"""Commands that train and compress a network. Only click is imported here; the work is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from compress.data import Dataset
+    from compress.fit import Progress
+    from compress.rules import CompressionConfig, Recipe
+
+__all__ = ["compress", "train"]
+
+
+def _data_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of every command that reads images."""
+    for option in (
+        click.option("--test-images", type=int, help="Test on a class-balanced subset of so many."),
+        click.option("--train-images", type=int, help="Train on a class-balanced subset of so many."),
+        click.option(
+            "--data",
+            default="fashion-mnist",
+            show_default=True,
+            help='"fashion-mnist", "digits", or a folder with four IDX files named like those of MNIST.',
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(epilog="Example: hwsim train lenet5 --epochs 4 --seed 0 --out lenet5.safetensors")
+@click.argument("network")
+@_data_options
+@click.option("--epochs", default=4, show_default=True, help="Passes over the training images.")
+@click.option("--lr", default=1e-3, show_default=True, help="Learning rate of Adam at the start.")
+@click.option("--batch-size", default=64, show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Of initial weights, order of images and subsets.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; default NETWORK.safetensors.")
+def train(
+    network: str,
+    data: str,
+    train_images: int | None,
+    test_images: int | None,
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Train NETWORK of the zoo on images and save it with how it was made.
+
+    Networks that fit the 28x28 images: lenet5, lenet300, resnet20.
+    """
+    from compress import zoo
+    from compress.train import Checkpoint, note_of, save_checkpoint
+    from compress.train import train as run
+
+    zoo.network(network)  # a misspelt name is said before the images are read
+    images = _load(data, train_images, test_images, seed)
+    classes = len(images.classes)
+    model = zoo.build(network, classes, seed)
+    with _progress_bar(epochs) as progress:
+        history = run(
+            model, images, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress
+        )
+    path = out or Path(f"{network}.safetensors")
+    size_bytes = save_checkpoint(path, Checkpoint(model, network, classes, seed, history, note_of(images)))
+    click.echo(f"data      {images.source}")
+    click.echo(f"accuracy  {history[-1].test_accuracy:.2%} of {len(images.test_labels)} test images")
+    click.echo(f"written   {path} ({size_bytes:,} bytes)")
+
+
+@click.command(
+    epilog="Example: hwsim compress lenet5.safetensors --block 4x4 --pruned 0.5 --unified 0.5 --out lenet5.hws.safetensors"
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--block", metavar="ROWSxCOLUMNS", help="Block shape.  [default: 4x4]")
+@click.option("--pruned", type=float, help="Share of a layer's blocks that become zero.  [default: 0.5]")
+@click.option("--unified", type=float, help="Share of blocks with one magnitude and signs.  [default: 0.5]")
+@click.option("--weight-bits", type=int, help="Bits of a dense weight.  [default: 8]")
+@click.option("--magnitude-bits", type=int, help="Bits of a shared magnitude.  [default: 8]")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="TOML file with these settings and rules per layer; options given here win.",
+)
+@_data_options
+@click.option(
+    "--epochs-admm", type=int, help="Epochs with the ADMM penalty; 0 projects in one shot.  [default: 8]"
+)
+@click.option("--epochs-retrain", type=int, help="Epochs of masked retraining.  [default: 4]")
+@click.option("--lr", type=float, help="Learning rate of Adam in each ADMM update.  [default: 0.001]")
+@click.option("--rho", type=float, help="Penalty of the first ADMM update.  [default: 0.03]")
+@click.option("--batch-size", type=int, help="[default: 64]")
+@click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
+@click.option(
+    "--calibration-images", default=512, show_default=True, help="Training images that set activation scales."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the order of images and of subsets.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; default MODEL.hws.safetensors.")
+def compress(
+    model: Path,
+    config: Path | None,
+    data: str,
+    train_images: int | None,
+    test_images: int | None,
+    activation_bits: int,
+    calibration_images: int,
+    seed: int,
+    out: Path | None,
+    **settings: Any,
+) -> None:
+    """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers.
+
+    First and last layer stay dense unless a rule of --config says otherwise. The file holds the integers,
+    how they were made, and the accuracy of the float network and of the 8-bit machine.
+    """
+    import logging
+
+    from compress.artifact import save_artifact
+    from compress.rebuild import compress_checkpoint
+    from compress.train import load_checkpoint
+
+    # The library logs the warnings that are printed at the end; without a handler Python would print them twice.
+    logging.getLogger("compress").addHandler(logging.NullHandler())
+    plan, recipe = _settings(config, {**settings, "seed": seed})
+    checkpoint = load_checkpoint(model)
+    images = _load(data, train_images, test_images, seed)
+    with _progress_bar(recipe.epochs_admm + recipe.epochs_retrain, recipe.epochs_admm) as progress:
+        artifact = compress_checkpoint(
+            checkpoint,
+            images,
+            plan,
+            recipe,
+            activation_bits=activation_bits,
+            calibration_images=calibration_images,
+            progress=progress,
+        )
+    path = out or model.with_name(f"{model.name.removesuffix('.safetensors')}.hws.safetensors")
+    size_bytes = save_artifact(path, artifact)
+    results = artifact.results
+    for warning in results["warnings"]:
+        click.echo(f"warning: {warning}", err=True)
+    weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
+    click.echo(f"data      {images.source}")
+    click.echo(
+        f"accuracy  dense {results['accuracy_dense']:.2%}, projected {results['accuracy_projected']:.2%}, "
+        f"retrained {results['accuracy_retrained']:.2%}; "
+        f"{activation_bits}-bit integers {results['accuracy_integer']:.2%}"
+    )
+    click.echo(
+        f"written   {path} ({size_bytes:,} bytes: {8 * size_bytes / weights:.2f} bits per weight, "
+        f"{4 * weights / size_bytes:.1f} times smaller than fp32)"
+    )
+
+
+def _settings(path: Path | None, options: dict[str, Any]) -> tuple[CompressionConfig, Recipe]:
+    """Configuration and recipe from a file and from the options that were given, which win."""
+    from pydantic import ValidationError
+
+    from compress.cli_hardware import parse_block
+    from compress.rules import Recipe, load_config, parse_config
+    from hwsim.errors import InputError
+    from hwsim.machine import validation_problems
+
+    given = {name: value for name, value in options.items() if value is not None}
+    training = {name: given.pop(name) for name in list(given) if name in Recipe.model_fields}
+    if "block" in given:
+        given["block"] = parse_block(given["block"])
+    from_file = load_config(path).model_dump(exclude_unset=True) if path is not None else {}
+    try:
+        recipe = Recipe.model_validate(training)
+    except ValidationError as error:
+        raise InputError("options", validation_problems(error, Recipe)) from None
+    return parse_config(from_file | given, str(path) if path is not None else "options"), recipe
+
+
+def _load(data: str, train_images: int | None, test_images: int | None, seed: int) -> Dataset:
+    """Images by name or from a folder; what the library warns of goes to stderr in plain words."""
+    import warnings
+
+    from compress.data import load_dataset
+
+    is_folder = Path(data).is_dir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        images = load_dataset(
+            "idx" if is_folder else data,
+            data if is_folder else None,
+            train_limit=train_images,
+            test_limit=test_images,
+            seed=seed,
+        )
+    for warning in caught:
+        click.echo(f"warning: {warning.message}", err=True)
+    return images
+
+
+@contextmanager
+def _progress_bar(epochs: int, epochs_before_retraining: int = 0) -> Iterator[Callable[[Progress], None]]:
+    """A bar over all epochs on stderr with an estimate of the time left; gives the callback that moves it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def move(now: Progress) -> None:
+            before = epochs_before_retraining if now.phase == "retrain" else 0
+            bar.update(
+                task,
+                description=f"{now.phase} epoch {now.epoch}/{now.epochs}, loss {now.loss:.3f}",
+                total=epochs * now.batches,
+                completed=(before + now.epoch - 1) * now.batches + now.batch,
+            )
+
+        yield move

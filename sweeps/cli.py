@@ -1,0 +1,240 @@
+"""Commands that evaluate design spaces and show what came out. Only click is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sweeps.figures import Plot
+    from sweeps.runner import SweepProgress
+    from sweeps.space import Space
+    from sweeps.store import ResultStore
+
+__all__ = ["demo", "plot", "report", "sweep"]
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command(epilog="Example: hwsim sweep space.toml --out results/space")
+@click.argument("space", type=click.Path(path_type=Path))
+@click.option("--out", type=_FOLDER, help="Folder of the results; by default results/NAME of the space.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that train; by default one per processor.")
+def sweep(space: Path, out: Path | None, workers: int | None) -> None:
+    """Evaluate every point of the design space file SPACE.
+
+    Results are kept as they come. Run the same command again after an interruption: it goes on where it was, and computes
+    nothing twice. docs/formats.md describes the file and the results.
+    """
+    loaded = _load_space(space)
+    folder = out or Path("results") / loaded.name
+    _run(loaded, folder, workers)
+    click.echo(f"results   {folder}")
+
+
+@click.command(epilog="Example: hwsim plot results/space --out figures")
+@click.argument("results", type=_FOLDER)
+@click.option("--out", type=_FOLDER, help="Folder of the figures; by default RESULTS/figures.")
+def plot(results: Path, out: Path | None) -> None:
+    """Paper plots of a results folder: PNG, PDF, and the data of each as CSV."""
+    from sweeps.store import ResultStore
+
+    folder = out or results / "figures"
+    for path in _save_plots(_plots(ResultStore(_existing(results))), folder):
+        click.echo(path)
+
+
+@click.command(epilog="Example: hwsim report results/space --out report.html")
+@click.argument("results", type=_FOLDER)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="By default RESULTS/report.html."
+)
+def report(results: Path, out: Path | None) -> None:
+    """One self-contained HTML page of a results folder."""
+    from sweeps.store import ResultStore
+
+    store = ResultStore(_existing(results))
+    path = out or results / "report.html"
+    _write_report(store, _plots(store), path)
+    click.echo(path)
+
+
+@click.command(epilog="Example: hwsim demo --quick --out results/quick")
+@click.option("--out", type=_FOLDER, default="results/demo", show_default=True, help="Folder of the results.")
+@click.option("--quick", is_flag=True, help="Fewer images, epochs and configurations: under three minutes.")
+@click.option("--workers", type=click.IntRange(1), help="Processes that train; by default one per processor.")
+def demo(out: Path, quick: bool, workers: int | None) -> None:
+    """Train LeNet-5 on Fashion-MNIST, compress it at several block shapes and ratios, simulate, plot and report.
+
+    The design space is the file demo.toml (demo-quick.toml with --quick) that ships with hwsim; it is copied into the folder.
+    """
+    import tomllib
+    from importlib import resources
+
+    from sweeps.space import parse_space
+    from sweeps.store import ResultStore, write_atomically
+    from sweeps.summary import summarise
+
+    name = "demo-quick.toml" if quick else "demo.toml"
+    text = resources.files("sweeps").joinpath("spaces", name).read_text("utf-8")
+    _run(parse_space(tomllib.loads(text), name), out, workers)
+    write_atomically(out / name, text.encode())
+    store = ResultStore(out)
+    points = store.to_frame()
+    table = points.drop(columns=[column for column in points if points[column].isna().all()])
+    write_atomically(out / "points.csv", table.to_csv(index=False).encode())
+    plots = _plots(store)
+    _save_plots(plots, out / "figures")
+    _write_report(store, plots, out / "report.html")
+    click.echo(_table(points))
+    for sentence in summarise(points):
+        click.echo(sentence)
+    click.echo(f"page      {out / 'report.html'}")
+    click.echo(f"table     {out / 'points.csv'}")
+    click.echo(f"figures   {out / 'figures'} (PNG, PDF, CSV)")
+
+
+def _load_space(path: Path) -> Space:
+    from compress.data import DATASETS
+    from compress.zoo_shapes import zoo_names
+    from sweeps.space import load_space
+
+    return load_space(path, networks=zoo_names(), datasets=DATASETS)
+
+
+def _run(space: Space, folder: Path, workers: int | None) -> None:
+    from sweeps.runner import run_sweep
+
+    with _progress() as progress:
+        result = run_sweep(space, folder, workers=workers, progress=progress)
+    reused = f", {result.reused} were there already" if result.reused else ""
+    click.echo(f"computed  {result.computed} of {len(space)} points{reused}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[SweepProgress], None]]:
+    """A bar with an estimate on a terminal; elsewhere a line every tenth of the way."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[points]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None, points="")
+        told = -1
+
+        def show(now: SweepProgress) -> None:
+            nonlocal told
+            points = f"{now.points_done}/{now.points_total} points"
+            bar.update(task, completed=now.done, total=now.total, description=now.doing, points=points)
+            tenth = int(10 * now.done / now.total) if now.total else 10
+            if not console.is_terminal and tenth > told:
+                told = tenth
+                click.echo(f"{10 * tenth:>3}%  {points}, {now.doing}", err=True)
+
+        yield show
+
+
+def _existing(results: Path) -> Path:
+    from hwsim.errors import InputError
+
+    if not (results / "points").is_dir():
+        raise InputError(
+            str(results), "no results here (no points/ inside); run hwsim sweep or hwsim demo first"
+        )
+    return results
+
+
+def _plots(store: ResultStore) -> list[Plot]:
+    """Every figure that the results have the columns for."""
+    from sweeps import figures
+
+    points = store.to_frame()
+    done = points[points["error"].isna()]
+    plots = [figures.speedup_plot(done), figures.bandwidth_plot(done)]
+    trained = done[done["accuracy_integer"].notna()]
+    if len(trained):
+        plots.append(figures.accuracy_plot(trained))
+        plots.append(figures.pareto_plot(trained))
+    plots.append(figures.storage_plot(done, store.to_frame("storage")))
+    plots.append(figures.energy_plot(done, store.to_frame("energy")))
+    best = _shown_point(done)
+    layers = store.to_frame("layers")
+    roofs = {"dense": float(best["peak_gmac_per_s"])}
+    plots.append(
+        figures.roofline_plot(
+            layers[layers["key"] == best["key"]],
+            clock_mhz=float(best["clock_mhz"]),
+            peak_gmac_per_s=roofs,
+            dram_gb_per_s=float(best["dram_gb_per_s"]),
+        )
+    )
+    return plots
+
+
+def _shown_point(points: pd.DataFrame) -> pd.Series:
+    """The point whose layers are drawn: the fastest within one point of the dense accuracy, else the fastest."""
+    from sweeps.summary import CLOSE_POINTS
+
+    loss = 100 * (points["accuracy_dense_float"] - points["accuracy_integer"])
+    close = points[loss <= CLOSE_POINTS]
+    chosen = close if len(close) else points
+    return chosen.iloc[int(chosen["latency_ms"].argmin())]
+
+
+def _save_plots(plots: list[Plot], folder: Path) -> list[Path]:
+    from sweeps.figures import save_plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return [path for drawn in plots for path in save_plot(drawn, folder).values()]
+
+
+def _write_report(store: ResultStore, plots: list[Plot], path: Path) -> None:
+    from hwsim.assumptions import ASSUMPTIONS
+    from sweeps.html import write_report
+
+    runs = store.manifest()
+    title = f"hwsim: {runs['runs'][-1]['configuration']['name']}"
+    write_report(
+        path, title=title, points=store.to_frame(), plots=plots, manifest=runs, assumptions=ASSUMPTIONS
+    )
+
+
+def _table(points: pd.DataFrame) -> str:
+    from hwsim.tables import format_table
+
+    columns = {
+        "block": "block",
+        "pruned": "p",
+        "unified": "u",
+        "hold": "hold",
+        "accuracy_float": "float %",
+        "accuracy_integer": "int %",
+        "latency_ms": "ms",
+        "speedup_compute_only": "×comp",
+        "speedup_with_memory": "×mem",
+        "speedup_equal_area": "×area",
+        "energy_pj": "µJ",
+        "file_bytes": "file B",
+    }
+    frame = points[points["error"].isna()].assign(
+        accuracy_float=lambda f: 100 * f["accuracy_float"],
+        accuracy_integer=lambda f: 100 * f["accuracy_integer"],
+        energy_pj=lambda f: f["energy_pj"] / 1e6,
+    )
+    rows = frame[list(columns)].rename(columns=columns).to_dict("records")
+    return format_table([{str(name): value for name, value in row.items()} for row in rows])
