@@ -41,6 +41,7 @@ __all__ = [
     "Activations",
     "Artifact",
     "DatasetNote",
+    "check_writable",
     "integer_weight",
     "load_artifact",
     "matrix_to_weight",
@@ -99,6 +100,25 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(str(path), _write_problem(path, error, len(content))) from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a path that cannot be written, before the work whose result goes there.
+
+    Raises
+    ------
+    InputError
+        The path is a folder, or its folder cannot be made or written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(str(path), f"cannot be written: {error.strerror or error}") from error
+    if path.is_dir():
+        raise InputError(str(path), "cannot be written: is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(str(path), "cannot be written: no permission to write the folder")
 
 
 def _write_problem(path: Path, error: OSError, size_bytes: int) -> Problem:
@@ -164,7 +184,7 @@ def read_container(
     if found != version:
         raise FormatError(source, Problem("version", f"{found}; this program reads version {version}"))
     try:
-        return header, safetensors.numpy.load(content)
+        return header, dict(sorted(safetensors.numpy.load(content).items()))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise FormatError(source, f"not a valid safetensors file: {error}") from None
 
@@ -654,6 +674,11 @@ def _read_requantizer(part: _LayerPart, tensors: Mapping[str, NDArray]) -> Requa
 
 def _problems(artifact: Artifact) -> Iterator[Problem]:
     """What is inconsistent in an artifact, whether it comes from a file or goes into one."""
+    for field_name in ("recipe", "results"):
+        try:
+            json.dumps(getattr(artifact, field_name), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            yield Problem(field_name, f"holds what JSON cannot: {error}")
     for name, layer in artifact.compressed.items():
         if name not in artifact.weight_shapes:
             yield Problem(name, "has no weight shape")

@@ -57,10 +57,13 @@ def train(
     Networks that fit the 28x28 images: lenet5, lenet300, resnet20.
     """
     from compress import zoo
+    from compress.artifact import check_writable
     from compress.train import Checkpoint, note_of, save_checkpoint
     from compress.train import train as run
 
     zoo.network(network)  # a misspelt name is said before the images are read
+    path = out or Path(f"{network}.safetensors")
+    check_writable(path)
     images = _load(data, train_images, test_images, seed)
     classes = len(images.classes)
     model = zoo.build(network, classes, seed)
@@ -68,7 +71,6 @@ def train(
         history = run(
             model, images, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress
         )
-    path = out or Path(f"{network}.safetensors")
     size_bytes = save_checkpoint(path, Checkpoint(model, network, classes, seed, history, note_of(images)))
     click.echo(f"data      {images.source}")
     click.echo(f"accuracy  {history[-1].test_accuracy:.2%} of {len(images.test_labels)} test images")
@@ -122,7 +124,7 @@ def compress(
     """
     import logging
 
-    from compress.artifact import save_artifact
+    from compress.artifact import check_writable, save_artifact
     from compress.rebuild import compress_checkpoint
     from compress.train import load_checkpoint
 
@@ -130,6 +132,8 @@ def compress(
     logging.getLogger("compress").addHandler(logging.NullHandler())
     plan, recipe = _settings(config, {**settings, "seed": seed})
     checkpoint = load_checkpoint(model)
+    path = out or model.with_name(f"{model.name.removesuffix('.safetensors')}.hws.safetensors")
+    check_writable(path)
     images = _load(data, train_images, test_images, seed)
     with _progress_bar(recipe.epochs_admm + recipe.epochs_retrain, recipe.epochs_admm) as progress:
         artifact = compress_checkpoint(
@@ -141,7 +145,6 @@ def compress(
             calibration_images=calibration_images,
             progress=progress,
         )
-    path = out or model.with_name(f"{model.name.removesuffix('.safetensors')}.hws.safetensors")
     size_bytes = save_artifact(path, artifact)
     results = artifact.results
     for warning in results["warnings"]:

@@ -551,14 +551,9 @@ def _float64(values: object, count: int, default: float) -> NDArray[np.float64]:
     return np.full(count, default)
 
 
-def _check_calibration(
-    model: nn.Module,
-    layers: Mapping[str, CompressedLayer],
-    images: Tensor,
-    activation_bits: int,
-    accumulator_bits: int,
-) -> None:
-    problems = [
+def width_problems(activation_bits: int, accumulator_bits: int) -> list[Problem]:
+    """Widths of number formats that no machine has."""
+    return [
         Problem(field, f"{value}, must lie in {least} to {most}")
         for field, value, least, most in (
             ("activation_bits", activation_bits, 2, 16),
@@ -566,6 +561,16 @@ def _check_calibration(
         )
         if not least <= value <= most
     ]
+
+
+def _check_calibration(
+    model: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    images: Tensor,
+    activation_bits: int,
+    accumulator_bits: int,
+) -> None:
+    problems = width_problems(activation_bits, accumulator_bits)
     if len(images) == 0:
         problems.append(Problem("images", "none; calibration needs at least one"))
     elif not images.is_floating_point() or not images.isfinite().all():

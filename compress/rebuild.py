@@ -13,7 +13,7 @@ from compress import zoo
 from compress.artifact import Artifact, DatasetNote
 from compress.data import Dataset, balanced_subset
 from compress.fit import Progress, compress
-from compress.integer import IntegerModel, quantize_activations
+from compress.integer import IntegerModel, quantize_activations, width_problems
 from compress.layers import CompressedLayer
 from compress.rules import CompressionConfig, Recipe
 from compress.shapes import layer_shapes
@@ -62,6 +62,11 @@ def compress_checkpoint(
         Configuration, data and network do not suit each other; see `compress.fit.compress`.
     """
     recipe = recipe or Recipe()
+    problems = width_problems(activation_bits, accumulator_bits)
+    if calibration_images < 1:
+        problems.append(Problem("calibration_images", f"{calibration_images}, must be at least 1"))
+    if problems:  # said before the training, not after it
+        raise InputError("compression", problems)
     model = copy.deepcopy(checkpoint.model)
     test_inputs = data.normalise(data.test_images)
 

@@ -371,7 +371,7 @@ def state_problems(model: nn.Module, state: Mapping[str, torch.Tensor]) -> list[
     """Every way in which a state does not fit a model: names, shapes, values that are not finite."""
     expected = model.state_dict()
     problems = [Problem(name, "missing") for name in expected if name not in state]
-    for name, values in state.items():
+    for name, values in sorted(state.items()):
         if name not in expected:
             problems.append(Problem(name, "unknown", nearest_name(name, expected)))
         elif values.shape != expected[name].shape:

@@ -224,7 +224,7 @@ def _table(points: pd.DataFrame) -> str:
         "hold": "hold",
         "accuracy_float": "float %",
         "accuracy_integer": "int %",
-        "latency_ms": "ms",
+        "latency_us": "µs",
         "speedup_compute_only": "×comp",
         "speedup_with_memory": "×mem",
         "speedup_equal_area": "×area",
@@ -235,6 +235,7 @@ def _table(points: pd.DataFrame) -> str:
         accuracy_float=lambda f: 100 * f["accuracy_float"],
         accuracy_integer=lambda f: 100 * f["accuracy_integer"],
         energy_pj=lambda f: f["energy_pj"] / 1e6,
+        latency_us=lambda f: 1e3 * f["latency_ms"],
     )
     rows = frame[list(columns)].rename(columns=columns).to_dict("records")
     return format_table([{str(name): value for name, value in row.items()} for row in rows])

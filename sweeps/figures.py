@@ -147,13 +147,18 @@ def speedup_plot(points: pd.DataFrame) -> Plot:
 
 
 def bandwidth_plot(points: pd.DataFrame) -> Plot:
-    """Average and peak DRAM bandwidth against block shape and ratio. Input and errors as `speedup_plot`."""
-    panels = {"average_bandwidth_gb_per_s": "Average", "peak_bandwidth_gb_per_s": "Peak"}
+    """Average, peak and demanded DRAM bandwidth against block shape and ratio. Input and errors as `speedup_plot`."""
+    panels = {
+        "average_bandwidth_gb_per_s": "Average",
+        "peak_bandwidth_gb_per_s": "Peak",
+        "peak_demand_gb_per_s": "Demand",
+    }
     data = _over_seeds(points, _CONFIGURATION, list(panels))
     figure = _dot_grid(data, panels, "DRAM bandwidth (GB/s)")
     caption = (
-        "DRAM bandwidth by block shape: the average over the network's latency, and the peak. p and u are the "
-        "shares of pruned and of unified blocks."
+        "DRAM bandwidth by block shape: the average over the network's latency, the highest flow of any step, and "
+        "what the most demanding layer would need so that no pass waits. p and u are the shares of pruned and of "
+        "unified blocks."
     )
     return Plot("bandwidth", "DRAM bandwidth against block shape and ratio", caption, figure, data)
 

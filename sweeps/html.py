@@ -56,6 +56,7 @@ _MEASURED = (
     _Column("compression_vs_fp32", "smaller than fp32 (×)", format="{:.1f}"),
     _Column("average_bandwidth_gb_per_s", "DRAM, average (GB/s)"),
     _Column("peak_bandwidth_gb_per_s", "DRAM, peak (GB/s)"),
+    _Column("peak_demand_gb_per_s", "DRAM, demand (GB/s)"),
     _Column("area_mm2", "area (mm²)"),
 )
 

@@ -444,7 +444,7 @@ def machine_for_block(
         ``(g_o, g_k)``.
     hold : {"lanes", "area"}
         ``"lanes"``: lanes per PE, ports per row and columns stay as they are. ``"area"``: the columns are the
-        largest number whose machine is within the area of ``base``.
+        largest number whose machine is within the area of ``base``; with the block of ``base`` that is ``base``.
     area_mm2 : callable
         Area of a machine; it must not fall as columns are added. Not called for ``"lanes"``.
 
@@ -461,7 +461,7 @@ def machine_for_block(
     if problems := _row_problems(accumulators, block[0], "array.block"):
         raise InputError(source, problems)
     changes = {"array.block": list(block), "array.rows": accumulators // block[0]}
-    if hold == "lanes":
+    if hold == "lanes" or block == base.array.block:
         return base.with_fields(changes)
     budget = area_mm2(base)
 

@@ -73,6 +73,7 @@ TABLES: dict[str, dict[str, pa.DataType]] = {
         "dram_bytes": _INT,
         "average_bandwidth_gb_per_s": _FLOAT,
         "peak_bandwidth_gb_per_s": _FLOAT,
+        "peak_demand_gb_per_s": _FLOAT,
         "area_mm2": _FLOAT,
         "image_bytes": _INT,
         "file_bytes": _INT,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from hwsim.kernels.passes import PassConfig
 from hwsim.layer import Layer, LayerShape
 from hwsim.machine import Machine, parse_machine
 
@@ -202,3 +204,49 @@ def machines_for(draw: st.DrawFn, layer: Layer) -> Machine:
         },
     )
     return parse_machine(data, "drawn machine")
+
+
+@dataclass(frozen=True, eq=False)
+class PassCase:
+    """What the pass kernel takes."""
+
+    types: NDArray[np.uint8]
+    order: NDArray[np.int64]
+    config: PassConfig
+
+
+def pass_case(
+    types: Any,
+    *,
+    order: Any = None,
+    rows: int = 4,
+    skip_window: int = 4,
+    queue_depth: int = 2,
+    banks: int = 4,
+    occ: tuple[int, int] = (1, 2),
+    segment_words: int = 2**18,
+) -> PassCase:
+    """A case of one group; ``types`` is ``[Mb][Kb]`` or one string of digits per block row."""
+    rows_of_types = [[int(code) for code in row] for row in types]
+    natural = range(len(rows_of_types)) if order is None else order
+    config = PassConfig(rows, skip_window, queue_depth, banks, *occ, segment_words)
+    return PassCase(np.array([rows_of_types], np.uint8), np.array([list(natural)], np.int64), config)
+
+
+@st.composite
+def pass_cases(draw: st.DrawFn) -> PassCase:
+    """Groups, row tiles, segments, orders and every field of the configuration, small."""
+    groups, m_blocks, k_blocks = draw(st.integers(1, 2)), draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    p, u = draw(type_shares())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    types = rng.choice(3, (groups, m_blocks, k_blocks), p=[p, u, 1 - p - u]).astype(np.uint8)
+    config = PassConfig(
+        rows=draw(st.integers(1, 6)),
+        skip_window=draw(st.sampled_from([1, 2, 3, 5, 8, 64])),
+        queue_depth=draw(st.sampled_from([1, 2, 3, 4, 64])),
+        banks=draw(st.sampled_from([1, 2, 3, 4, 7, 64])),
+        unified_cycles=draw(st.sampled_from([1, 2, 3, 17])),
+        dense_cycles=draw(st.sampled_from([1, 2, 3, 4, 17])),
+        segment_words=draw(st.sampled_from([1, 2, 7, 20, 2**18])),
+    )
+    return PassCase(types, np.stack([rng.permutation(m_blocks) for _ in range(groups)]), config)

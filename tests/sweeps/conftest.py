@@ -108,6 +108,7 @@ def _add_point(
             "dram_bytes": int(image_bits / 8),
             "average_bandwidth_gb_per_s": image_bits / 8 / latency_cycles,
             "peak_bandwidth_gb_per_s": 12.8,
+            "peak_demand_gb_per_s": 31.5,
             "area_mm2": 3.5,
             "image_bytes": int(image_bits / 8),
             "file_bytes": int(image_bits / 9),

@@ -1,0 +1,513 @@
+"""The compressed model on disk: what goes in comes out, and nothing damaged gets through."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from compress import artifact as module
+from compress import zoo
+from compress.artifact import (
+    Artifact,
+    DatasetNote,
+    container_bytes,
+    integer_weight,
+    load_artifact,
+    matrix_to_weight,
+    pack_bits,
+    read_container,
+    save_artifact,
+    unpack_bits,
+    write_atomically,
+)
+from compress.blocks import matrix_to_weight as matrix_to_weight_in_torch
+from compress.fit import compress
+from compress.integer import quantize_activations
+from compress.quantize import dequantize
+from compress.rebuild import make_artifact, rebuild, rebuild_integer
+from compress.rules import CompressionConfig, Recipe
+from hwsim.errors import FormatError, InputError
+from hwsim.layer import DENSE, UNIFIED, type_counts
+
+
+class Network(nn.Module):
+    """Convolutions with groups, a normalisation, a layer that runs twice, a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.grouped = nn.Conv2d(6, 4, 3, groups=2)
+        self.shared = nn.Linear(16, 16)
+        self.fc = nn.Linear(16, 5)
+        self.gain = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.conv(x)))
+        x = torch.relu(self.grouped(x)).flatten(1)
+        return self.fc(self.shared(torch.relu(self.shared(x)))) * self.gain
+
+
+def inputs(count: int = 16) -> torch.Tensor:
+    return torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def built(calibrated: bool = True, **config: Any) -> tuple[nn.Module, Artifact]:
+    """A small compressed network and its artifact; no training."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Network().eval()
+    settings = {"block": (2, 3), "pruned": 0.25, "unified": 0.5, "exempt_first_last": False} | config
+    data = [(torch.zeros(1), torch.zeros(1))]
+    recipe = Recipe(epochs_admm=0, epochs_retrain=0)
+    layers = compress(model, CompressionConfig(**settings), data, recipe).layers
+    model.norm.running_mean += 0.25
+    integer_model = quantize_activations(model, layers, inputs()) if calibrated else None
+    artifact = make_artifact(
+        model,
+        layers,
+        (1, 6, 6),
+        5,
+        integer_model=integer_model,
+        seed=7,
+        recipe={"config": settings["pruned"]},
+        results={"accuracy": 0.5},
+        dataset=DatasetNote("made up", "a generator", 0.25, 0.5),
+    )
+    return model, artifact
+
+
+@pytest.fixture(scope="module")
+def example() -> Artifact:
+    return built()[1]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Deep equality of artifacts, arrays with their dtypes."""
+    if isinstance(first, np.ndarray):
+        return first.dtype == second.dtype and np.array_equal(first, second)
+    if hasattr(first, "__dataclass_fields__"):
+        return type(first) is type(second) and same(vars(first), vars(second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+# --- bits
+
+
+@given(st.integers(1, 16), st.integers(0, 40), st.integers(0, 2**32 - 1))
+def test_packing_is_one_long_number(bits: int, count: int, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 1 << bits, count).astype(np.uint16)
+    packed = pack_bits(values, bits)
+    number = sum(int(value) << (bits * place) for place, value in enumerate(values))
+    assert packed.tobytes() == number.to_bytes(-(-count * bits // 8), "little")
+    assert np.array_equal(unpack_bits(packed, count, bits), values)
+
+
+@given(st.integers(2, 16), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_negative_numbers_are_twos_complement(bits: int, count: int, seed: int) -> None:
+    half = 1 << (bits - 1)
+    values = np.random.default_rng(seed).integers(-half, half, count).astype(np.int16)
+    found = unpack_bits(pack_bits(values, bits), count, bits).astype(np.int64)
+    assert np.array_equal((found ^ half) - half, values)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, 11])
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    values = np.arange(100, dtype=np.uint16) % (1 << bits)
+    whole = pack_bits(values, bits)
+    monkeypatch.setattr(module, "CHUNK_VALUES", 16)
+    assert np.array_equal(pack_bits(values, bits), whole)
+    assert np.array_equal(unpack_bits(whole, 100, bits), values)
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"pruned": 0.5, "unified": 0.5},
+        {"pruned": 0.0, "unified": 0.0},
+        {"pruned": 1.0, "unified": 0.0},
+        {"block": (4, 4), "weight_bits": 4, "magnitude_bits": 3},
+        {"block": (3, 5), "column_order": "channel_major", "weight_bits": 2, "magnitude_bits": 2},
+    ],
+)
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_model_comes_back(tmp_path: Path, config: dict[str, Any], calibrated: bool) -> None:
+    model, artifact = built(calibrated, **config)
+    path = tmp_path / "model.hws.safetensors"
+    assert save_artifact(path, artifact) == path.stat().st_size
+    found = load_artifact(path)
+    assert same(found, replace(artifact, state=dict(sorted(artifact.state.items()))))
+    again = rebuild(found, Network)
+    expected = model.state_dict()
+    assert all(torch.equal(values, expected[name]) for name, values in again.state_dict().items())
+    assert torch.equal(again(inputs()), model(inputs()))
+    for name, layer in found.compressed.items():
+        weight = dequantize(layer, found.weight_shapes[name])
+        assert torch.equal(torch.from_numpy(found.weight(name)), weight)
+        assert torch.equal(again.get_parameter(f"{name}.weight"), weight)
+
+
+def test_the_integer_model_comes_back_to_the_bit(tmp_path: Path) -> None:
+    model, artifact = built()
+    save_artifact(tmp_path / "model", artifact)
+    found = rebuild_integer(load_artifact(tmp_path / "model"), Network)
+    layers = {
+        name: replace(layer, weights=replace(layer.weights, requantizer=None))
+        for name, layer in artifact.compressed.items()
+    }
+    fresh = quantize_activations(model, layers, inputs())
+    others = 3 * inputs(8)
+    for first, second in zip(found.layer_trace(others), fresh.layer_trace(others), strict=True):
+        assert first.name == second.name
+        assert all(np.array_equal(a, b) for a, b in zip(first[1:], second[1:], strict=True))
+    assert torch.equal(found(others), fresh(others))
+
+
+def test_networks_of_the_zoo_need_no_factory(tmp_path: Path) -> None:
+    model = zoo.build("lenet300", num_classes=4, seed=2).eval()
+    config = CompressionConfig(exempt_first_last=False)
+    data = [(torch.zeros(1), torch.zeros(1))]
+    layers = compress(model, config, data, Recipe(epochs_admm=0, epochs_retrain=0)).layers
+    artifact = make_artifact(model, layers, (1, 28, 28), 4, network="lenet300")
+    save_artifact(tmp_path / "model", artifact)
+    images = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rebuild(load_artifact(tmp_path / "model"))(images), model(images))
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        save_artifact(tmp_path / name, built()[1])
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+def test_layers_for_the_hardware(example: Artifact) -> None:
+    layers = example.layers()
+    assert [layer.name for layer in layers] == ["conv", "grouped", "shared", "shared#2", "fc"]
+    assert [layer.shape.n for layer in layers] == [16, 4, 1, 1, 1]
+    assert [layer.shape.n for layer in example.layers(batch=3)] == [48, 12, 3, 3, 3]
+    for layer in layers:
+        name = layer.name.split("#")[0]
+        weight = matrix_to_weight(layer.integer_matrix(), example.weight_shapes[name], layer.column_order)
+        assert np.array_equal(weight, example.integer_weight(name))
+        assert layer.weights is not None
+        assert layer.weights.requantizer is not None
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3))
+def test_the_numpy_twin_of_the_matrix_view(groups: int, out: int, channels: int, kernel: list[int]) -> None:
+    shape = (groups * out, channels, *kernel)
+    matrix = np.arange(int(np.prod(shape))).reshape(groups, out, -1)
+    for order in ("tap_major", "channel_major"):
+        expected = matrix_to_weight_in_torch(torch.from_numpy(matrix), shape, order)
+        assert np.array_equal(matrix_to_weight(matrix, shape, order), expected)
+
+
+def test_reading_needs_no_torch(tmp_path: Path, example: Artifact) -> None:
+    save_artifact(tmp_path / "model", example)
+    code = (
+        "import sys; from compress.artifact import load_artifact; "
+        f"a = load_artifact({str(tmp_path / 'model')!r}); a.layers(); a.weight('fc'); a.size_report(); "
+        "print(sorted({'torch', 'numba'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+# --- size
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.sampled_from([(1, 4), (2, 2), (3, 5)]),
+    st.sampled_from([(0, 1), (0.5, 0.5), (0.25, 0.25), (0, 0)]),
+    st.integers(2, 8),
+)
+def test_streams_have_the_sizes_of_their_contents(
+    block: tuple[int, int], ratios: tuple[float, float], bits: int
+) -> None:
+    pruned, unified = ratios
+    artifact = built(False, block=block, pruned=pruned, unified=unified, magnitude_bits=bits)[1]
+    report = artifact.size_report().set_index("layer")
+    for name, layer in artifact.compressed.items():
+        shape = next(shape for shape in artifact.shapes if shape.name == name)
+        blocks = layer.types.size
+        count_pruned, count_unified = type_counts(blocks, pruned, unified)
+        per_weight = np.repeat(np.repeat(layer.types, block[0], 1), block[1], 2)[:, : shape.m, : shape.k]
+        has_dense = blocks > count_pruned + count_unified
+        expected = {
+            "type_bytes": -(-blocks * (1 + has_dense) // 8),
+            "sign_bytes": -(-int((per_weight == UNIFIED).sum()) // 8),
+            "magnitude_bytes": -(-count_unified * bits // 8),
+            "dense_bytes": int((per_weight == DENSE).sum()),
+            "other_bytes": 0,
+        }
+        assert report.loc[name, list(expected)].to_dict() == expected
+        assert report.loc[name, "total_bytes"] == sum(expected.values())
+
+
+def test_the_size_report_adds_up_to_the_file(tmp_path: Path, example: Artifact) -> None:
+    report = example.size_report()
+    assert report["total_bytes"].sum() == save_artifact(tmp_path / "model", example)
+    streams = [column for column in report if column.endswith("_bytes") and column != "total_bytes"]
+    assert (report[streams].sum(axis=1) == report["total_bytes"]).all()
+    fc = report.set_index("layer").loc["fc"]
+    assert fc["weights"] == 80
+    assert fc["other_bytes"] == 7 * 5
+    assert fc["bits_per_weight"] == 8 * fc["total_bytes"] / 80
+    assert fc["ratio_to_fp32"] == 4 * fc["ratio_to_int8"] == 320 / fc["total_bytes"]
+    assert report["bits_per_weight"].isna().sum() == 2
+
+
+# --- damage
+
+
+def refused(path: Path, content: bytes) -> FormatError:
+    path.write_bytes(content)
+    with pytest.raises(FormatError) as caught:
+        load_artifact(path)
+    return caught.value
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a file of one small layer."""
+    model = nn.Sequential(nn.Linear(5, 3)).eval()
+    config = CompressionConfig(block=(2, 2), pruned=0.2, unified=0.4, exempt_first_last=False)
+    layers = compress(
+        model, config, [(torch.zeros(1), torch.zeros(1))], Recipe(epochs_admm=0, epochs_retrain=0)
+    ).layers
+    artifact = make_artifact(
+        model, layers, (5,), 3, integer_model=quantize_activations(model, layers, torch.ones(4, 5))
+    )
+    path = tmp_path_factory.mktemp("small") / "model"
+    save_artifact(path, artifact)
+    return path.read_bytes()
+
+
+def test_every_single_damaged_byte_is_noticed(tmp_path: Path, small: bytes) -> None:
+    path = tmp_path / "model"
+    for position in range(len(small)):
+        damaged = bytearray(small)
+        damaged[position] ^= 1 << (position % 8)
+        refused(path, bytes(damaged))
+    start = small.index(b"sha256")
+    for position in range(start, start + 80):  # a digit of the checksum in upper case is another file
+        damaged = bytearray(small)
+        damaged[position] ^= 0x20
+        refused(path, bytes(damaged))
+
+
+def test_truncations_are_noticed(tmp_path: Path, small: bytes) -> None:
+    path = tmp_path / "model"
+    for length in (*range(40), *range(40, len(small), 7), len(small) - 1):
+        refused(path, small[:length])
+    refused(path, small + b"\0")
+
+
+def edited(content: bytes, edit: Callable[[dict[str, Any], dict[str, np.ndarray]], None]) -> bytes:
+    """The file after an edit by somebody who knows how to compute the checksum."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["hwsim"])
+    header.pop("sha256")
+    tensors = {name: values.copy() for name, values in safetensors.numpy.load(content).items()}
+    edit(header, tensors)
+    return container_bytes(header, tensors)
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], Any], str]] = {
+    "another format": (lambda h, t: h.update(format="hwsim-dense"), "hwsim compress"),
+    "a later version": (lambda h, t: h.update(version=2), "version: 2; this program reads version 1"),
+    "an unknown field": (lambda h, t: h.update(num_clases=3), 'unknown field (did you mean "num_classes"?)'),
+    "a missing field": (lambda h, t: h.pop("seed"), "seed: missing"),
+    "an unknown layer field": (lambda h, t: h["layers"][0].update(blok=1), "layers.0.blok: unknown field"),
+    "no step size": (lambda h, t: h["layers"][0].update(step_size=0.0), "layers.0.step_size"),
+    "a block of nothing": (lambda h, t: h["layers"][0].update(block=[0, 2]), "layers.0.block.0"),
+    "another weight shape": (lambda h, t: h["layers"][0].update(weight_shape=[3, 7]), "the weight says (1, 3, 7)"),
+    "another layer shape": (lambda h, t: h["shapes"][0].update(in_channels=6), "the weight says (1, 3, 5)"),
+    "a negative layer shape": (lambda h, t: h["shapes"][0].update(batch=-1), "must be at least 1"),
+    "a type code 3": (lambda h, t: t["layers/0/type"].__setitem__(0, 0xFF), "code 3"),
+    "a type array of floats": (lambda h, t: t.update({"layers/0/type": np.zeros(2, np.float32)}), "type: float32[2]"),
+    "no signs": (lambda h, t: t.pop("layers/0/sign"), "sign: uint8[0], must be uint8[1]"),
+    "a magnitude too many": (lambda h, t: t.update({"layers/0/magnitude": np.zeros(3, np.uint8)}), "magnitude: uint8[3]"),
+    "dense weights cut short": (lambda h, t: t.update({"layers/0/dense": t["layers/0/dense"][:-1]}), "dense: uint8"),
+    "half a requantiser": (lambda h, t: t.pop("layers/0/shift"), "requantizer: incomplete: shift missing"),
+    "a relu without requantiser": (lambda h, t: h["layers"][0].update(relu=None), "without its relu flag"),
+    "a long shift": (lambda h, t: t["layers/0/shift"].__setitem__(0, 49), "49, must not exceed 48"),
+    "scales of another type": (lambda h, t: t.update({"layers/0/scale": np.zeros(3, np.int32)}), "must be int16[3]"),
+    "a NaN bias": (lambda h, t: t["state/0.bias"].__setitem__(0, np.nan), "must be finite float32"),
+    "an unknown tensor": (lambda h, t: t.update(extra=np.zeros(1, np.uint8)), "extra: unknown tensor"),
+    "a negative scale": (lambda h, t: h["layers"][0]["activations"].update(input_scale=-1.0), "must be positive"),
+    "a nonlinearity unheard of": (lambda h, t: h["layers"][0]["activations"].update(nonlinearity="gelu"), "'relu6'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_with_a_new_checksum_are_still_refused(tmp_path: Path, small: bytes, name: str) -> None:
+    edit, message = EDITS[name]
+    assert message in str(refused(tmp_path / "model", edited(small, edit)))
+
+
+def test_an_edit_of_nothing_is_accepted(tmp_path: Path, small: bytes) -> None:
+    (tmp_path / "model").write_bytes(edited(small, lambda header, tensors: None))
+    assert (tmp_path / "model").read_bytes() == small
+    load_artifact(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 7, b"\xff" * 100, b"\x02" + b"\0" * 7 + b"{}", b"PK\x03\x04" + b"\0" * 60]
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    refused(tmp_path / "model", content)
+
+
+def test_a_plain_safetensors_file_is_not_ours(tmp_path: Path) -> None:
+    content = safetensors.numpy.save({"a": np.zeros(3)}, metadata={"hwsim": "[]"})
+    assert "no readable hwsim header" in str(refused(tmp_path / "model", content))
+
+
+def test_a_missing_file_is_an_input_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(InputError, match="cannot be read"):
+            load_artifact(path)
+
+
+# --- what must not be saved
+
+
+def test_integers_that_do_not_fit_are_refused(tmp_path: Path, example: Artifact) -> None:
+    layer = example.compressed["fc"]
+    weights = layer.weights
+    wrong = {
+        "dense": replace(weights, dense=weights.dense + 200),
+        "signs": replace(weights, signs=weights.signs + 2),
+        "magnitudes": replace(weights, magnitudes=weights.magnitudes + 300),
+        "step_size": replace(weights, step_size=float("nan")),
+    }
+    for part, values in wrong.items():
+        broken = replace(example, compressed=example.compressed | {"fc": replace(layer, weights=values)})
+        with pytest.raises(InputError, match=rf"fc\.{part}"):
+            save_artifact(tmp_path / "model", broken)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_never_reaches_a_file(tmp_path: Path, example: Artifact) -> None:
+    broken = replace(example, state=example.state | {"gain": np.full(5, np.nan, np.float32)})
+    with pytest.raises(InputError, match=r"state/gain: float32, must be finite"):
+        save_artifact(tmp_path / "model", broken)
+    broken = replace(example, results={"accuracy": float("nan")})
+    with pytest.raises(InputError, match="results"):
+        save_artifact(tmp_path / "model", broken)
+
+
+def test_networks_that_do_not_fit_are_refused(example: Artifact) -> None:
+    with pytest.raises(InputError, match="factory=YourNetwork"):
+        rebuild(example)
+    with pytest.raises(FormatError, match=r"conv\.weight: unknown"):
+        rebuild(example, lambda: nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(InputError, match="were not calibrated"):
+        rebuild_integer(built(calibrated=False)[1], Network)
+
+
+# --- atomic writing
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    write_atomically(path, b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"No space left on device \(3 bytes are needed, \d+ are free"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model"
+    write_atomically(path, b"old")
+
+    def interrupt(_source: object, _target: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_the_system_stops_leaves_nothing(tmp_path: Path) -> None:
+    """A real limit of the file size, in a process of its own."""
+    code = (
+        "import resource, signal, sys; from compress.artifact import write_atomically\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: write_atomically(sys.argv[1], bytes(5000))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    path = tmp_path / "deep" / "model"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert "cannot be written: File too large" in done.stdout
+    assert not list(path.parent.iterdir())
+
+
+def test_a_folder_that_is_a_file_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_atomically(tmp_path / "file" / "model", b"new")
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "model", b"new")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "model").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_container_keeps_scalars_and_types(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": np.array(3, np.int64),
+        "empty": np.zeros((0, 2), np.float32),
+        "odd": np.arange(3, dtype=np.uint8),
+    }
+    (tmp_path / "file").write_bytes(container_bytes({"format": "f", "version": 1}, tensors))
+    header, found = read_container(tmp_path / "file", "f", 1)
+    assert header == {}
+    assert same(found, dict(sorted(tensors.items())))
+
+
+def test_integer_weights_check_the_block_types(example: Artifact) -> None:
+    with pytest.raises(InputError, match="types"):
+        integer_weight(example.compressed["fc"], (5, 100))
+    assert asdict(example.dataset) == {
+        "name": "made up",
+        "source": "a generator",
+        "mean": 0.25,
+        "deviation": 0.5,
+    }

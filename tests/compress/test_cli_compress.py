@@ -1,0 +1,202 @@
+"""`hwsim train` and `hwsim compress` from the outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from compress import data
+from compress.artifact import load_artifact
+from compress.cli import compress, train
+from compress.rebuild import rebuild_integer
+from compress.train import evaluate, load_checkpoint
+from hwsim.errors import FormatError, HwsimError, InputError
+
+DIGITS = ["--data", "digits", "--train-images", "320", "--test-images", "100"]
+
+
+def run(command: click.Command, *arguments: str | Path) -> Result:
+    """Errors of the project come out as they are, as the group that holds the commands wants them."""
+    return CliRunner().invoke(command, [str(part) for part in arguments], standalone_mode=False)
+
+
+def error_of(command: click.Command, *arguments: str | Path) -> BaseException:
+    result = run(command, *arguments)
+    assert result.exception is not None, result.output
+    return result.exception
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dense") / "lenet300.safetensors"
+    result = run(train, "lenet300", *DIGITS, "--epochs", 3, "--out", path)
+    assert result.exception is None, result.output
+    return path
+
+
+QUICK = [*DIGITS, "--epochs-admm", "1", "--epochs-retrain", "1", "--calibration-images", "50"]
+
+
+def test_train_writes_what_it_says(dense: Path) -> None:
+    checkpoint = load_checkpoint(dense)
+    assert (checkpoint.network, checkpoint.num_classes, checkpoint.seed) == ("lenet300", 10, 0)
+    assert [epoch.epoch for epoch in checkpoint.history] == [1, 2, 3]
+    assert checkpoint.dataset is not None
+    assert checkpoint.dataset.name == "digits"
+    images = data.load_dataset("digits", train_limit=320, test_limit=100)
+    found = evaluate(checkpoint.model, images.normalise(images.test_images), images.test_labels)
+    assert found == checkpoint.history[-1].test_accuracy > 0.6
+
+
+def test_train_reports_on_stdout_and_progress_on_stderr(tmp_path: Path) -> None:
+    result = run(train, "lenet300", *DIGITS, "--epochs", 1, "--out", tmp_path / "a")
+    accuracy = load_checkpoint(tmp_path / "a").history[-1].test_accuracy
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["data", "accuracy", "written"]
+    assert f"{accuracy:.2%} of 100 test images" in lines[1]
+    assert f"({(tmp_path / 'a').stat().st_size:,} bytes)" in lines[2]
+    assert "train epoch 1/1" in result.stderr
+
+
+def test_the_same_command_gives_the_same_model(tmp_path: Path, dense: Path) -> None:
+    for name in ("a", "b"):
+        assert run(compress, dense, *QUICK, "--out", tmp_path / name).exception is None
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_compress_writes_what_it_says(tmp_path: Path, dense: Path) -> None:
+    path = tmp_path / "model.hws.safetensors"
+    result = run(
+        compress,
+        dense,
+        "--block",
+        "2x8",
+        "--pruned",
+        0.25,
+        "--unified",
+        0.5,
+        *QUICK,
+        "--seed",
+        3,
+        "--out",
+        path,
+    )
+    assert result.exception is None, result.output
+    artifact = load_artifact(path)
+    assert (artifact.network, artifact.seed) == ("lenet300", 3)
+    config = artifact.recipe["config"]
+    assert (config["block"], config["pruned"], config["unified"]) == ([2, 8], 0.25, 0.5)
+    assert artifact.recipe["training"]["epochs_admm"] == 1
+    counts = [int((artifact.compressed["fc2"].types == code).sum()) for code in (0, 1, 2)]
+    assert counts == [50 * 38 // 4, 50 * 38 // 2, 50 * 38 - 50 * 38 // 4 - 50 * 38 // 2]
+    assert (artifact.compressed["fc1"].types == 2).all()
+    images = data.load_dataset("digits", train_limit=320, test_limit=100, seed=3)
+    found = evaluate(rebuild_integer(artifact), images.normalise(images.test_images), images.test_labels)
+    assert artifact.results["accuracy_integer"] == found
+    assert f"8-bit integers {found:.2%}" in result.stdout
+    assert f"{path.stat().st_size:,} bytes" in result.stdout
+    assert "retrain epoch 1/1" in result.stderr
+
+
+def test_the_default_name_of_the_result(dense: Path) -> None:
+    result = run(compress, dense, *QUICK)
+    assert result.exception is None, result.output
+    assert load_artifact(dense.with_name("lenet300.hws.safetensors")).network == "lenet300"
+
+
+def test_options_win_over_the_file(tmp_path: Path, dense: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        'block = [8, 8]\npruned = 0.75\nunified = 0.25\n[[rules]]\npattern = "fc2"\nweight_bits = 4\n'
+    )
+    path = tmp_path / "model"
+    result = run(compress, dense, *QUICK, "--config", config, "--block", "4x4", "--out", path)
+    assert result.exception is None, result.output
+    found = load_artifact(path)
+    assert found.recipe["config"]["pruned"] == 0.75
+    assert found.compressed["fc2"].block == (4, 4)
+    assert found.compressed["fc2"].weights.weight_bits == 4
+    assert found.compressed["fc1"].weights.weight_bits == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pruned", "0.7", "--unified", "0.5"], "must not exceed 1"),
+        (["--pruned", "-0.1"], "pruned"),
+        (["--block", "4by4"], "not a block shape"),
+        (["--weight-bits", "9"], "weight_bits"),
+        (["--epochs-admm", "-1"], "epochs_admm"),
+        (["--activation-bits", "1"], "activation_bits: 1, must lie in 2 to 16"),
+        (["--calibration-images", "0"], "calibration_images: 0, must be at least 1"),
+        (["--data", "fashionmnist"], 'did you mean "fashion-mnist"'),
+        (["--train-images", "0"], "train: 0 images"),
+        (["--config", "missing.toml"], "missing.toml"),
+    ],
+)
+def test_wrong_options_are_input_errors(dense: Path, arguments: list[str], message: str) -> None:
+    found = error_of(compress, dense, *QUICK, *arguments)
+    assert isinstance(found, InputError)
+    assert message in str(found)
+
+
+def test_wrong_networks_and_files_are_named(tmp_path: Path, dense: Path) -> None:
+    found = error_of(train, "lenet", *DIGITS)
+    assert isinstance(found, InputError)
+    assert 'did you mean "lenet5"' in str(found)
+    found = error_of(train, "vgg16", *DIGITS, "--epochs", "1")
+    assert "does not take images" in str(found)
+    assert isinstance(error_of(compress, tmp_path / "missing", *QUICK), HwsimError)
+    result = run(compress, dense, *QUICK, "--out", tmp_path / "model")
+    assert result.exception is None
+    found = error_of(compress, tmp_path / "model", *QUICK)
+    assert isinstance(found, FormatError)
+    assert "a compressed model already" in str(found)
+
+
+def test_the_substitute_data_is_said_on_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(_url: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(data, "_open_url", no_network)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = ["--train-images", "64", "--test-images", "20", "--epochs", "1"]
+    result = run(train, "lenet300", *small, "--out", tmp_path / "a")
+    assert result.exception is None, result.output
+    assert "warning: Fashion-MNIST was found nowhere" in result.stderr
+    assert "IN PLACE OF Fashion-MNIST" in result.stdout
+    assert "IN PLACE OF" in load_checkpoint(tmp_path / "a").dataset.source
+
+
+def test_a_result_that_cannot_be_written_is_said_before_the_training(tmp_path: Path, dense: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "model"):
+        for command in ((train, "lenet300"), (compress, dense)):
+            result = run(*command, *DIGITS, "--out", out)
+            assert "cannot be written" in str(result.exception)
+            assert "epoch" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [train, compress])
+def test_help_shows_an_example(command: click.Command) -> None:
+    result = run(command, "--help")
+    assert result.exception is None
+    assert f"Example: hwsim {command.name}" in result.output
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[0] in result.output
+
+
+def test_importing_the_commands_is_cheap() -> None:
+    code = (
+        "import sys, compress.cli; "
+        "print(sorted({'torch', 'numpy', 'rich', 'pydantic', 'numba', 'pandas'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

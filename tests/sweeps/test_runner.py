@@ -1,0 +1,145 @@
+"""Sweeps: what is computed, what is reused, what survives an interruption, and what a point that does not fit gives."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hwsim import simulate
+from hwsim.layer import random_layers
+from hwsim.machine import load_machine
+from sweeps.runner import SweepProgress, run_sweep
+from sweeps.space import Space, Training
+from sweeps.store import ResultStore
+
+TINY = Training(
+    dataset="digits", train_images=300, test_images=100, dense_epochs=1, admm_epochs=1, retrain_epochs=1
+)
+
+
+def random_space(**changes: object) -> Space:
+    content: dict[str, object] = {
+        "networks": ["lenet5"],
+        "blocks": ["4x4", "8x8"],
+        "ratios": [[0.5, 0.5], [0.25, 0.5]],
+        "machine": {"base": "msa-16x16", "axes": {"dram.gb_per_s": [6.4, 12.8]}},
+        "random": {},
+    }
+    return Space(**{**content, **changes})
+
+
+def results(folder: Path) -> pd.DataFrame:
+    return ResultStore(folder).to_frame().sort_values("key").reset_index(drop=True)
+
+
+def test_every_point_once_and_nothing_twice(tmp_path: Path) -> None:
+    first = run_sweep(random_space(), tmp_path)
+    again = run_sweep(random_space(), tmp_path)
+    assert (first.computed, first.reused) == (8, 0)
+    assert (again.computed, again.reused) == (0, 8)
+    frame = results(tmp_path)
+    assert frame["key"].is_unique
+    assert frame["error"].isna().all()
+    assert (frame["speedup_with_memory"] > 1).all()
+
+
+def test_a_larger_space_computes_only_what_is_new(tmp_path: Path) -> None:
+    run_sweep(random_space(ratios=[[0.5, 0.5]]), tmp_path)
+    before = results(tmp_path)
+    larger = run_sweep(random_space(), tmp_path)
+    assert (larger.computed, larger.reused) == (4, 4)
+    merged = before.merge(results(tmp_path), on="key", suffixes=("", "_after"))
+    assert (merged["latency_cycles"] == merged["latency_cycles_after"]).all()
+
+
+def test_a_point_is_what_simulate_says(tmp_path: Path) -> None:
+    from compress.zoo_shapes import zoo_shapes
+
+    space = random_space(blocks=["4x4"], ratios=[[0.5, 0.5]], machine={"base": "msa-16x16"}, seeds=[3])
+    run_sweep(space, tmp_path)
+    row = results(tmp_path).iloc[0]
+    report = simulate(load_machine("msa-16x16"), random_layers(zoo_shapes("lenet5"), (4, 4), 0.5, 0.5, 3))
+    for name in ("latency_cycles", "compute_cycles", "dram_bytes", "image_bytes"):
+        assert row[name] == report.summary[name]
+    assert row["energy_pj"] == pytest.approx(report.summary["energy_pj"])
+    layers = ResultStore(tmp_path).to_frame("layers")
+    assert layers["latency_cycles"].sum() == report.summary["latency_cycles"]
+    storage = ResultStore(tmp_path).to_frame("storage")
+    assert storage["size_bits"].sum() == 8 * report.summary["image_bytes"]
+
+
+def stop_after(points: int) -> Callable[[SweepProgress], None]:
+    def progress(now: SweepProgress) -> None:
+        if now.points_done >= points:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    run_sweep(random_space(), whole)
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(random_space(), pieces, progress=stop_after(3))
+    kept = len(results(pieces))
+    assert 3 <= kept < 8
+    resumed = run_sweep(random_space(), pieces)
+    assert (resumed.computed, resumed.reused) == (8 - kept, kept)
+    pd.testing.assert_frame_equal(results(whole), results(pieces))
+
+
+def test_a_point_that_does_not_fit_says_so_and_is_not_tried_again(tmp_path: Path) -> None:
+    space = random_space(
+        blocks=["4x4"],
+        ratios=[[0.5, 0.5]],
+        machine={"base": "msa-16x16", "axes": {"output.size_kib": [0.125, 64]}},
+    )
+    run_sweep(space, tmp_path)
+    frame = results(tmp_path).set_index("output.size_kib")
+    assert "output.size_kib" in frame.loc[0.125, "error"]
+    assert pd.isna(frame.loc[0.125, "latency_cycles"])
+    assert frame.loc[64, "latency_cycles"] > 0
+    assert run_sweep(space, tmp_path).computed == 0
+
+
+def test_one_training_serves_every_machine(tmp_path: Path) -> None:
+    space = random_space(blocks=["4x4"], ratios=[[0.5, 0.5]], random=None, training=TINY)
+    seen: list[SweepProgress] = []
+    result = run_sweep(space, tmp_path, workers=1, progress=seen.append)
+    assert result.computed == 2
+    assert len(list((tmp_path / "artifacts").iterdir())) == 1
+    frame = results(tmp_path)
+    assert frame["accuracy_integer"].nunique() == 1
+    assert frame["accuracy_integer"].between(0, 1).all()
+    assert frame["file_bytes"].iloc[0] == next((tmp_path / "artifacts").iterdir()).stat().st_size
+    assert seen[-1].done == pytest.approx(seen[-1].total)
+    assert all(a.done <= b.done for a, b in itertools.pairwise(seen))
+    # A machine that was not there before needs no training: the artifact is younger than nothing new.
+    wider = random_space(
+        blocks=["4x4"],
+        ratios=[[0.5, 0.5]],
+        random=None,
+        training=TINY,
+        machine={"base": "msa-16x16", "axes": {"dram.gb_per_s": [6.4, 12.8, 25.6]}},
+    )
+    stamp = next((tmp_path / "artifacts").iterdir()).stat().st_mtime_ns
+    assert run_sweep(wider, tmp_path, workers=1).computed == 1
+    assert next((tmp_path / "artifacts").iterdir()).stat().st_mtime_ns == stamp
+
+
+def test_a_damaged_artifact_is_an_error_not_a_result(tmp_path: Path) -> None:
+    from hwsim.errors import FormatError
+
+    space = random_space(blocks=["4x4"], ratios=[[0.5, 0.5]], random=None, training=TINY)
+    run_sweep(space, tmp_path, workers=1)
+    artifact = next((tmp_path / "artifacts").iterdir())
+    content = bytearray(artifact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artifact.write_bytes(content)
+    wider = space.model_copy(update={"machine": random_space(machine={"base": "msa-8x8"}).machine})
+    with pytest.raises(FormatError, match=artifact.name):
+        run_sweep(wider, tmp_path, workers=1)
