@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hwsim.kernels.passes import PassConfig
-from hwsim.layer import Layer, LayerShape
+from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer
 from hwsim.machine import Machine, parse_machine
 
 SHARES = (0.02, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
@@ -250,3 +250,34 @@ def pass_cases(draw: st.DrawFn) -> PassCase:
         segment_words=draw(st.sampled_from([1, 2, 7, 20, 2**18])),
     )
     return PassCase(types, np.stack([rng.permutation(m_blocks) for _ in range(groups)]), config)
+
+
+def random_weights(
+    layer: Layer, seed: int, *, weight_bits: int = 8, magnitude_bits: int = 8, requantizer: bool = True
+) -> Layer:
+    """The layer with random integers over the whole range of its formats, extremes included; unused entries are 0."""
+    rng = np.random.default_rng(seed)
+    shape, (g_o, g_k) = layer.shape, layer.block
+    full = (shape.groups, shape.m, shape.k)
+    per_weight = np.repeat(np.repeat(layer.types, g_o, axis=1), g_k, axis=2)[:, : shape.m, : shape.k]
+    low, high = -(2 ** (weight_bits - 1)), 2 ** (weight_bits - 1) - 1
+    dense = rng.choice([low, high, 0, -1, 1, *rng.integers(low, high + 1, 20)], full)
+    top = 2**magnitude_bits - 1
+    magnitudes = rng.choice([0, top, *rng.integers(0, top + 1, 20)], layer.types.shape)
+    channels = shape.out_channels
+    weights = QuantizedWeights(
+        dense=np.where(per_weight == DENSE, dense, 0).astype(np.int16),
+        signs=np.where(per_weight == UNIFIED, rng.integers(0, 2, full), 0).astype(np.uint8),
+        magnitudes=np.where(layer.types == UNIFIED, magnitudes, 0).astype(np.uint16),
+        weight_bits=weight_bits,
+        magnitude_bits=magnitude_bits,
+        step_size=0.01,
+        requantizer=Requantizer(
+            bias=rng.integers(-(2**31), 2**31, channels).astype(np.int32),
+            scale=rng.integers(-(2**15), 2**15, channels).astype(np.int16),
+            shift=rng.integers(0, 256, channels).astype(np.uint8),
+        )
+        if requantizer
+        else None,
+    )
+    return replace(layer, weights=weights)
