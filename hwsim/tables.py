@@ -22,7 +22,7 @@ def short_number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.2f}"
 
 
-def format_table(rows: Sequence[Mapping[str, Any]], width: int | None = None) -> str:
+def format_table(rows: Sequence[Mapping[Any, Any]], width: int | None = None) -> str:
     """Rows of the same keys as text, numbers to the right, texts to the left and cut at their front where space is short.
 
     Parameters

@@ -237,5 +237,4 @@ def _table(points: pd.DataFrame) -> str:
         energy_pj=lambda f: f["energy_pj"] / 1e6,
         latency_us=lambda f: 1e3 * f["latency_ms"],
     )
-    rows = frame[list(columns)].rename(columns=columns).to_dict("records")
-    return format_table([{str(name): value for name, value in row.items()} for row in rows])
+    return format_table(frame[list(columns)].rename(columns=columns).to_dict("records"))

@@ -405,3 +405,29 @@ def test_a_loss_that_becomes_nan_is_refused():
 def test_data_that_cannot_be_batched_is_refused(bad):
     with pytest.raises(InputError, match="training data"):
         compress(trained(), CONFIG, bad)
+
+
+def test_a_larger_rho_brings_the_weights_nearer_to_their_form():
+    last = []
+    for rho in (1e-6, 1.0):
+        recipe = small_recipe(
+            epochs_admm=4, epochs_retrain=0, rho=rho, rho_growth=1.0, lr=2e-2, batch_size=16
+        )
+        result = compress(trained(), CONFIG, data(512), recipe)
+        last.append(max(residual.primal for residual in result.residuals[-2:]))
+    assert last[1] < 0.3 * last[0]
+
+
+def test_magnitudes_are_projected_after_every_step_of_the_optimizer(monkeypatch):
+    calls = []
+    step = MaskedRetraining.step
+    monkeypatch.setattr(MaskedRetraining, "step", lambda self: (calls.append(1), step(self))[1])
+    compress(trained(), CONFIG, data(64), small_recipe(epochs_admm=0, epochs_retrain=3))
+    assert len(calls) == 3 * 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_the_model_is_restored(training):
+    model = trained().train(training)
+    compress(model, CONFIG, data(), small_recipe(epochs_admm=1, epochs_retrain=1), evaluate=accuracy)
+    assert model.training == training
