@@ -213,7 +213,7 @@ def balanced_subset(labels: NDArray[np.integer], count: int, seed: int) -> NDArr
     Examples
     --------
     >>> balanced_subset(np.array([0, 0, 0, 0, 1, 1, 2]), 5, seed=0).tolist()
-    [0, 3, 4, 5, 6]
+    [2, 3, 4, 5, 6]
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = np.asarray(labels)[order]

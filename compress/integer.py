@@ -134,7 +134,12 @@ class _IntegerLayer(nn.Module):
     """A Linear or convolution on integers with its requantiser; integers in float tensors, every operation exact."""
 
     def __init__(
-        self, module: nn.Module, layer: CompressedLayer, activation_bits: int, accumulator_bits: int
+        self,
+        module: nn.Module,
+        layer: CompressedLayer,
+        around: Activations,
+        activation_bits: int,
+        accumulator_bits: int,
     ) -> None:
         super().__init__()
         requantizer = layer.weights.requantizer
@@ -150,6 +155,7 @@ class _IntegerLayer(nn.Module):
         self.accumulator_bits = accumulator_bits
         self.low, self.high = -(1 << (activation_bits - 1)), (1 << (activation_bits - 1)) - 1
         self.accumulate = _accumulation(module)
+        self.wants_rows = isinstance(module, nn.Linear) and around.norm != ""
         self.channel_shape = (-1, *(1 for _ in weight_shape[2:]))
         self.trace: list[LayerTrace] | None = None
         dtype = _exact_dtype(self.bits_needed, device)
@@ -161,6 +167,10 @@ class _IntegerLayer(nn.Module):
         )
 
     def forward(self, integers: Tensor) -> Tensor:
+        if self.wants_rows and integers.dim() > 2:
+            message = "normalises another dimension than the outputs of the linear layer in front of it"
+            hint = "normalise with nn.LayerNorm, or let a convolution of kernel 1 stand for the linear layer"
+            raise InputError(f"layer {self.name}", Problem("norm", message, hint))
         accumulators = self.accumulate(integers.to(self.weight.dtype), self.weight).to(torch.float64)
         if self.bits_needed > self.accumulator_bits:
             accumulators = _wrap(accumulators, self.accumulator_bits)
@@ -238,36 +248,22 @@ class _Tracer(torch.fx.Tracer):
 
 
 # Operations that commute with a positive scale, so that they may act on the integers.
-_SCALE_FREE_MODULES = (
-    *(
-        nn.MaxPool1d,
-        nn.MaxPool2d,
-        nn.MaxPool3d,
-        nn.AdaptiveMaxPool1d,
-        nn.AdaptiveMaxPool2d,
-        nn.AdaptiveMaxPool3d,
-    ),
-    *(nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+_POOLS = (
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AdaptiveMaxPool1d,
+    nn.AdaptiveMaxPool2d,
+    nn.AdaptiveMaxPool3d,
 )
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_SCALE_FREE_MODULES = (*_POOLS, *_DROPOUTS, nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU)
+_RESHAPING = "flatten view reshape squeeze unsqueeze permute transpose contiguous clone"
+_SCALE_FREE_METHODS = {*_RESHAPING.split(), "relu"}
 _SCALE_FREE_FUNCTIONS = {
-    *(functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
+    *(functional.max_pool1d, functional.max_pool2d, functional.max_pool3d, functional.dropout),
     *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose),
-    *(functional.relu, torch.relu, functional.dropout),
-}
-_SCALE_FREE_METHODS = {
-    *(
-        "flatten",
-        "view",
-        "reshape",
-        "squeeze",
-        "unsqueeze",
-        "permute",
-        "transpose",
-        "contiguous",
-        "relu",
-        "clone",
-    ),
+    *(functional.relu, torch.relu),
 }
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -316,9 +312,9 @@ class _Graph:
     def _nonlinearity(self, node: torch.fx.Node) -> Nonlinearity:
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
-            return (
-                "relu6" if isinstance(module, nn.ReLU6) else "relu" if isinstance(module, nn.ReLU) else "none"
-            )
+            if isinstance(module, nn.ReLU6):
+                return "relu6"
+            return "relu" if isinstance(module, nn.ReLU) else "none"
         if node.target in (functional.relu, torch.relu, "relu"):
             return "relu"
         return "relu6" if node.target is functional.relu6 else "none"
@@ -338,11 +334,8 @@ class _Graph:
     def is_scale_free(self, node: torch.fx.Node) -> bool:
         """Whether a node may act on integers: it commutes with a positive scale and reads one tensor."""
         source, *others = node.all_input_nodes or [node]
-        if (
-            not all(_is_size(other) for other in others)
-            or _is_size(source)
-            or node.kwargs.get("return_indices")
-        ):
+        reads_one = not _is_size(source) and all(_is_size(other) for other in others)
+        if not reads_one or node.kwargs.get("return_indices"):
             return False
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
@@ -399,9 +392,8 @@ class _Range:
         sample = torch.cat(self._samples)
 
         def error(scale: float) -> float:
-            return float(
-                (torch.round(sample / scale).clamp_(-most - 1, most) * scale - sample).square().sum()
-            )
+            quantized = torch.round(sample / scale).clamp_(-most - 1, most) * scale
+            return float((quantized - sample).square().sum())
 
         candidates = [self.largest * share / most for share in (CLIP_STEPS if clip else CLIP_STEPS[:1])]
         return min(candidates, key=error)
@@ -678,7 +670,9 @@ class IntegerModel:
         graph, note = _trace(model, set(layers))
         _check_surroundings(graph, self.activations)
         self._array = {
-            name: _IntegerLayer(model.get_submodule(name), layer, activation_bits, accumulator_bits)
+            name: _IntegerLayer(
+                model.get_submodule(name), layer, activations[name], activation_bits, accumulator_bits
+            )
             for name, layer in layers.items()
             if name in activations
         }
@@ -758,7 +752,8 @@ class IntegerModel:
             elif node.all_input_nodes and node.all_input_nodes[0] in scales and graph.is_scale_free(node):
                 scales[node] = scales[node.all_input_nodes[0]]
             elif node.op == "output":
-                self._output_scale = scales.get(node.args[0])
+                result = node.args[0]
+                self._output_scale = scales.get(result) if isinstance(result, torch.fx.Node) else None
                 if self._output_scale is None:
                     _all_in_float(module, node, scales, floats)
             elif node.op != "placeholder" and not _is_size(node):

@@ -87,13 +87,14 @@ def compress_checkpoint(
         activation_bits=activation_bits,
         accumulator_bits=accumulator_bits,
     )
+    outside = [f"{item.name} runs outside the array: {item.reason}" for item in result.plan.untreated]
     results = {
         "accuracy_dense": result.accuracy_dense,
         "accuracy_projected": result.accuracy_projected,
         "accuracy_retrained": result.accuracy_retrained,
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
-        "warnings": [*result.warnings, *integer_model.notes],
+        "warnings": [*result.warnings, *integer_model.notes, *outside],
     }
     how = {
         "config": config.model_dump(mode="json"),

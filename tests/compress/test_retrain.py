@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -21,6 +22,15 @@ from hwsim.layer import DENSE, PRUNED, UNIFIED
 CONFIG = CompressionConfig(
     block=(2, 3), pruned=0.3, unified=0.4, rules=[{"pattern": "3", "column_order": "channel_major"}]
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The networks are tiny: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def network(seed=0):
@@ -291,7 +301,8 @@ def accuracy(model):
     return float((model(inputs).argmax(1) == targets).float().mean())
 
 
-def trained():
+@functools.cache
+def trained_once():
     model = network(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for step in range(60):
@@ -302,10 +313,21 @@ def trained():
     return model
 
 
+def trained():
+    return copy.deepcopy(trained_once())
+
+
 def small_recipe(**changes):
     return Recipe(
         **(
-            {"epochs_admm": 3, "epochs_retrain": 3, "batch_size": 32, "lr": 5e-3, "lr_retrain": 5e-3}
+            {
+                "epochs_admm": 3,
+                "epochs_retrain": 3,
+                "updates_per_epoch": 1,
+                "batch_size": 32,
+                "lr": 5e-3,
+                "lr_retrain": 5e-3,
+            }
             | changes
         )
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,24 @@ def test_a_store_that_holds_no_word_cannot_feed_a_pass() -> None:
     small_machine(operand_store__size_kib=12 / 1024)
     found = problems_of(machine_dict(operand_store__size_kib=11 / 1024))
     assert "no pass can be fed" in found["operand_store.size_kib"]
-    assert f"at least {12 / 1024:g} KiB" in found["operand_store.size_kib"]
+    assert f"at least {12 / 1024} KiB" in found["operand_store.size_kib"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"operand_store__size_kib": 1 / 1024, "array__columns": 37}, "operand_store__size_kib"),
+        ({"operand_store__size_kib": 1 / 1024, "precision__activation_bits": 3}, "operand_store__size_kib"),
+        ({"weights__dense_kib": 1 / 1024, "array__rows": 379}, "weights__dense_kib"),
+    ],
+)
+def test_the_size_that_a_message_asks_for_is_enough(changes: dict[str, Any], field: str) -> None:
+    """Figures of seven digits and more, and half bytes."""
+    changes = {f"weights__{name}_kib": 4 for name in ("type", "sign", "magnitude")} | changes
+    text = problems_of(machine_dict(**changes))[field.replace("__", ".")]
+    asked = re.search(r"at least ([0-9.e-]+) KiB", text)
+    assert asked is not None
+    small_machine(**(changes | {field: float(asked[1])}))
 
 
 @pytest.mark.parametrize(

@@ -407,3 +407,25 @@ def test_fill_of_the_next_column_tile_shows_where_a_pass_is_shorter() -> None:
     mapping = run_layer(layer, machine).mapping
     assert mapping.totals["pass_cycles"] == 6
     assert mapping.totals["fill_stall_cycles"] == 6 + (6 - 3)
+
+
+def test_a_narrower_tile_at_the_same_place_is_filled_anew() -> None:
+    """Linear 6 -> 5 with three vectors on one row, sorted: the ragged block row (1 channel) has most blocks and goes first.
+
+    Half the output buffer holds 4 bytes: it meets all 3 positions in one tile, the rows of 2 channels meet 2 and then 1. Half a
+    share of 12 bytes holds one block row's 12 or 8 bytes of dense weights. So five passes over five different tiles: 3 words each.
+    """
+    machine = small_machine(
+        array__rows=1,
+        array__columns=4,
+        features__row_balance="sorted",
+        weights__dense_kib=kib(24),
+        output__size_kib=kib(8),
+    )
+    types = np.array([[[2, 2, 0], [2, 2, 0], [2, 2, 2]]], np.uint8)
+    layer = Layer(linear(5, 6, 3), (2, 2), types)
+    mapping = run_layer(layer, machine).mapping
+    assert mapping.loop_order == "weights outer"
+    assert mapping.steps[:, 3:].tolist() == [[0, 3], [0, 2], [2, 3], [0, 2], [2, 3]]
+    assert mapping.totals["filled_words"] == 15
+    assert_same(mapping, reference_of(layer, machine))
