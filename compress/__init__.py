@@ -11,21 +11,33 @@ from typing import Any
 
 _EXPORTS = {
     "ADMM": "compress.admm",
+    "Artifact": "compress.artifact",
+    "Checkpoint": "compress.train",
     "CompressedLayer": "compress.layers",
     "CompressionConfig": "compress.rules",
     "CompressionResult": "compress.fit",
     "MaskedRetraining": "compress.retrain",
+    "IntegerModel": "compress.integer",
     "Plan": "compress.rules",
     "Progress": "compress.fit",
     "Recipe": "compress.rules",
     "Rule": "compress.rules",
     "check_invariants": "compress.retrain",
+    "build": "compress.zoo",
     "compress": "compress.fit",
+    "compress_checkpoint": "compress.rebuild",
     "dequantize": "compress.quantize",
+    "evaluate": "compress.train",
+    "layer_shapes": "compress.shapes",
+    "load_artifact": "compress.artifact",
+    "load_checkpoint": "compress.train",
     "load_config": "compress.rules",
+    "load_dataset": "compress.data",
     "parse_config": "compress.rules",
     "plan_layers": "compress.rules",
     "project": "compress.projection",
+    "quantize_activations": "compress.integer",
+    "save_artifact": "compress.artifact",
 }
 __all__ = sorted(_EXPORTS)
 

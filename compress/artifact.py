@@ -7,15 +7,12 @@ over the whole file (the digest itself read as zeros), so that a single changed 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -30,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from compress.layers import CompressedLayer
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
+from hwsim.files import write_atomically
 from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, check_types
 from hwsim.machine import validation_problems
 
@@ -50,7 +48,6 @@ __all__ = [
     "read_container",
     "save_artifact",
     "unpack_bits",
-    "write_atomically",
     "write_container",
 ]
 
@@ -78,30 +75,6 @@ CHUNK_VALUES = 1 << 20
 # --- the container
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file so that under its name there is the old content or all of the new, never a part of it.
-
-    Raises
-    ------
-    InputError
-        The folder cannot be written, or the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(str(path), _write_problem(path, error, len(content))) from error
-
-
 def check_writable(path: str | Path) -> None:
     """Refuse a path that cannot be written, before the work whose result goes there.
 
@@ -119,14 +92,6 @@ def check_writable(path: str | Path) -> None:
         raise InputError(str(path), "cannot be written: is a folder")
     if not os.access(path.parent, os.W_OK):
         raise InputError(str(path), "cannot be written: no permission to write the folder")
-
-
-def _write_problem(path: Path, error: OSError, size_bytes: int) -> Problem:
-    hint = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free_bytes = shutil.disk_usage(path.parent).free
-        hint = f"{size_bytes} bytes are needed, {free_bytes} are free; nothing was written"
-    return Problem("", f"cannot be written: {error.strerror or error}", hint)
 
 
 def container_bytes(header: Mapping[str, Any], tensors: Mapping[str, NDArray]) -> bytes:

@@ -68,7 +68,7 @@ def matrix_to_weight(
     in_channels, taps = weight_shape[1], math.prod(weight_shape[2:])
     if column_order == "tap_major":
         matrix = matrix.reshape(groups, m, taps, in_channels).transpose(2, 3)
-    return matrix.reshape(weight_shape).contiguous()
+    return matrix.reshape(weight_shape).clone(memory_format=torch.contiguous_format)
 
 
 def matrix_to_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.artifact import write_atomically
 from hwsim.errors import HwsimError, InputError, Problem, nearest_name
+from hwsim.files import write_atomically
 
 __all__ = ["DATASETS", "Dataset", "balanced_subset", "load_dataset", "parse_idx"]
 

@@ -77,8 +77,9 @@ def demo(out: Path, quick: bool, workers: int | None) -> None:
     import tomllib
     from importlib import resources
 
+    from hwsim.files import write_atomically
     from sweeps.space import parse_space
-    from sweeps.store import ResultStore, write_atomically
+    from sweeps.store import ResultStore
     from sweeps.summary import summarise
 
     name = "demo-quick.toml" if quick else "demo.toml"

@@ -16,8 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.files import write_atomically
 from sweeps.pareto import knee_point, pareto_front
-from sweeps.store import write_atomically
 from sweeps.style import COLUMN_INCHES, NEUTRAL, PAGE_INCHES, PALETTE, marker_and_color, new_figure, style
 from sweeps.summary import configuration_means, identity_columns
 

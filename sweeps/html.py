@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from hwsim.errors import InputError, Problem
+from hwsim.files import write_atomically
 from sweeps.figures import Plot, to_svg
 from sweeps.pareto import knee_point, pareto_front
-from sweeps.store import write_atomically
 from sweeps.summary import configuration_means, identity_columns, summarise
 
 __all__ = ["MOST_ROWS", "render_report", "write_report"]

@@ -13,7 +13,6 @@ Every folder is also plain Parquet: ``pandas.read_parquet("results/points")`` re
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -35,12 +34,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hwsim.errors import FormatError, HwsimError, InputError, Problem, nearest_name
+from hwsim.files import disk_errors, write_atomically
 from hwsim.version import MODEL_VERSION
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SCHEMA_VERSION", "TABLES", "ResultStore", "write_atomically"]
+__all__ = ["SCHEMA_VERSION", "TABLES", "ResultStore"]
 
 SCHEMA_VERSION = "1"
 """Of the folder and its tables; written into every part and into the manifest."""
@@ -371,7 +371,7 @@ class ResultStore:
         """This writer's turn: folders and manifest are there, leftovers are not, and nobody else writes."""
         lock = None
         try:
-            with _disk_errors(self.path):
+            with disk_errors(self.path):
                 for table in TABLES:
                     self._folder(table).mkdir(parents=True, exist_ok=True)
                 lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -402,7 +402,7 @@ class ResultStore:
                     data = _encode(batch[table])
                     write_atomically(self._folder(table) / f"{name}.{_digest(data)}.parquet", data)
         except HwsimError as error:
-            with _disk_errors(self.path):
+            with disk_errors(self.path):
                 self._clear_leftovers()
             count = batch["points"].num_rows
             raise HwsimError(
@@ -413,45 +413,6 @@ class ResultStore:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash at any moment it has its old content or the whole new one.
-
-    Raises
-    ------
-    HwsimError
-        The disk is full or the folder cannot be written; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with _disk_errors(path):
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        found = "the disk is full" if full else "cannot be written"
-        hint = (
-            "free some space, or give a folder on another disk" if full else "check the folder and its rights"
-        )
-        raise HwsimError(f"{path}: {found}: {error.strerror or error} ({hint})") from error
 
 
 def _wait_for(lock: int, path: Path) -> None:
@@ -554,7 +515,7 @@ def _encode(table: pa.Table) -> bytes:
 
 def _read_part(path: Path, columns: Collection[str] | None = None) -> pa.Table:
     """A part, or those of the columns that it has, after its digest and version were checked."""
-    with _disk_errors(path):
+    with disk_errors(path):
         data = path.read_bytes()
     if _digest(data) != path.name.split(".")[1]:
         hint = "restore it, or delete it and run the sweep again: only its points are computed anew"

@@ -1,7 +1,8 @@
 """What a simulation costs: ResNet-18 on 16 x 16 processing elements, cycle exact, all layers, one core.
 
-Run with ``pytest tests/bench/test_bench_simulate.py --benchmark-enable``. Nothing here fails for being slow. Goals: pass counts of
-all layers under 4 ms, the whole of `simulate` under 20 ms, a fresh process that simulates one layer under 3 s the second time.
+Run with ``pytest tests/bench/test_bench_simulate.py --benchmark-enable``. Nothing here fails for being slow. Goals: pass counts
+of all layers under 4 ms, the whole of `simulate` under 20 ms, a fresh process that simulates one layer under 3 s the second
+time.
 """
 
 import subprocess

@@ -33,7 +33,6 @@ from compress.artifact import (
     read_container,
     save_artifact,
     unpack_bits,
-    write_atomically,
 )
 from compress.blocks import matrix_to_weight as matrix_to_weight_in_torch
 from compress.fit import compress
@@ -42,6 +41,7 @@ from compress.quantize import dequantize
 from compress.rebuild import make_artifact, rebuild, rebuild_integer
 from compress.rules import CompressionConfig, Recipe
 from hwsim.errors import FormatError, InputError
+from hwsim.files import write_atomically
 from hwsim.layer import DENSE, UNIFIED, type_counts
 
 
@@ -467,7 +467,7 @@ def test_an_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_write_that_the_system_stops_leaves_nothing(tmp_path: Path) -> None:
     """A real limit of the file size, in a process of its own."""
     code = (
-        "import resource, signal, sys; from compress.artifact import write_atomically\n"
+        "import resource, signal, sys; from hwsim.files import write_atomically\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try: write_atomically(sys.argv[1], bytes(5000))\n"
@@ -475,7 +475,7 @@ def test_a_write_that_the_system_stops_leaves_nothing(tmp_path: Path) -> None:
     )
     path = tmp_path / "deep" / "model"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert "cannot be written: File too large" in done.stdout
+    assert "cannot be written, the disk is full: File too large" in done.stdout
     assert not list(path.parent.iterdir())
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, event, given, settings
 
 from hwsim.errors import FitError
 from hwsim.kernels.steps import STEP_FIELDS
-from hwsim.layer import DENSE, Layer, LayerShape
-from hwsim.machine import Machine
+from hwsim.layer import DENSE, Layer, LayerShape, random_types
+from hwsim.machine import Machine, load_machine, preset_names
 from hwsim.mapping import Mapping
 from hwsim.simulator import run_layer, simulate
 from tests.hwsim.reference import DoesNotFit, LayerReference, Schedule
@@ -174,6 +174,30 @@ def test_laws_of_a_mapping(case: tuple[Layer, Machine]) -> None:
     assert mapping.totals["load_weight_bytes"] + mapping.totals["stream_bytes"] >= run.sizes.total_bytes
     faster = machine.with_fields({"dram.gb_per_s": machine.dram.gb_per_s * 2})
     assert run_layer(layer, faster).mapping.latency_cycles <= mapping.latency_cycles
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize("cut", [1, 4], ids=["as shipped", "a quarter of the memories"])
+def test_layers_of_a_real_network_on_the_presets(preset: str, cut: int) -> None:
+    """Four layers of ResNet-18, too large for the drawn cases."""
+    machine = load_machine(preset)
+    sizes = ("weights.dense_kib", "weights.sign_kib", "activation_buffer.size_kib")
+    smaller = {
+        name: getattr(getattr(machine, name.split(".")[0]), name.split(".")[1]) / cut for name in sizes
+    }
+    machine = machine.with_fields(smaller | {"features.row_balance": "sorted" if cut > 1 else "none"})
+    strided = {"stride": (2, 2), "padding": ((1, 1), (1, 1))}
+    shapes = [
+        conv(128, 64, (56, 56), 3, **strided),
+        conv(512, 256, (14, 14), 1, stride=(2, 2)),
+        conv(512, 256, (14, 14), 3, **strided),
+        linear(1000, 512),
+    ]
+    for seed, shape in enumerate(shapes):
+        block = machine.array.block
+        types = random_types(shape, block, 0.5, 0.4, np.random.default_rng(seed))
+        layer = Layer(shape, block, types)
+        assert_same(run_layer(layer, machine).mapping, reference_of(layer, machine))
 
 
 def test_spans_hold_only_the_columns_that_taps_reach() -> None:
@@ -412,8 +436,9 @@ def test_fill_of_the_next_column_tile_shows_where_a_pass_is_shorter() -> None:
 def test_a_narrower_tile_at_the_same_place_is_filled_anew() -> None:
     """Linear 6 -> 5 with three vectors on one row, sorted: the ragged block row (1 channel) has most blocks and goes first.
 
-    Half the output buffer holds 4 bytes: it meets all 3 positions in one tile, the rows of 2 channels meet 2 and then 1. Half a
-    share of 12 bytes holds one block row's 12 or 8 bytes of dense weights. So five passes over five different tiles: 3 words each.
+    Half the output buffer holds 4 bytes: that row meets all 3 positions in one tile, the rows of 2 channels meet 2 and then 1.
+    Half a share of 12 bytes holds one block row's 12 or 8 bytes of dense weights. So five passes, each over another tile than
+    the pass before it: 3 words each.
     """
     machine = small_machine(
         array__rows=1,
