@@ -312,7 +312,7 @@ def dense_at_equal_area(machine: Machine, technology: Technology) -> Machine:
     memories. The rows of a dense machine run in lock step and never ask for two words at a time, so its
     operand store is one bank: the many banks and the network from them to the rows are part of what skipping
     costs. A row that is added brings a dense memory of its own, as large as the others'; everything else
-    stays. A machine that is dense already is returned as it is.
+    stays, but rows that are all alike need no order. A machine that is dense already is returned as it is.
     """
     if machine.is_dense:
         return machine
@@ -338,5 +338,6 @@ def _dense_machine(machine: Machine, rows: int, row_bytes: int) -> Machine:
             "weights.dense_kib": rows * row_bytes / 1024,
             "features.skip_pruned": False,
             "features.unified_path": False,
+            "features.row_balance": "none",
         }
     )

@@ -152,6 +152,25 @@ class Requantizer:
     shift: NDArray[np.uint8]
     relu: bool = False
 
+    def __post_init__(self) -> None:
+        # Another dtype would wrap in the memory image without a word.
+        problems = [
+            Problem(name, f"dtype {values.dtype}, must be {dtype}")
+            for name, values, dtype in (
+                ("bias", self.bias, "int32"),
+                ("scale", self.scale, "int16"),
+                ("shift", self.shift, "uint8"),
+            )
+            if values.dtype != np.dtype(dtype)
+        ]
+        if not self.bias.shape == self.scale.shape == self.shift.shape:
+            shapes = f"{self.bias.shape}, {self.scale.shape}, {self.shift.shape}"
+            problems.append(
+                Problem("bias, scale, shift", f"shapes {shapes}, must be one value per output channel each")
+            )
+        if problems:
+            raise InputError("requantizer", problems)
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeights:
@@ -320,7 +339,7 @@ def type_counts(blocks: int, pruned: float, unified: float) -> tuple[int, int]:
     problems = [
         Problem(name, f"{ratio}, must lie in [0, 1]")
         for name, ratio in (("pruned", p), ("unified", u))
-        if not 0 <= ratio <= 1
+        if not (ratio.is_finite() and 0 <= ratio <= 1)
     ]
     if not problems and p + u > 1:
         problems.append(Problem("pruned + unified", f"{p} + {u} = {p + u}, must not exceed 1"))

@@ -35,8 +35,9 @@ __all__ = [
 ]
 
 Count = Annotated[int, Field(strict=True, ge=1, le=65536)]
-Size = Annotated[float, Field(gt=0, le=2**20)]
-Rate = Annotated[float, Field(gt=0, le=1e6)]
+Size = Annotated[float, Field(strict=True, gt=0, le=2**20)]
+Rate = Annotated[float, Field(strict=True, gt=0, le=1e6)]
+Switch = Annotated[bool, Field(strict=True)]
 
 
 class _Part(BaseModel):
@@ -122,14 +123,14 @@ class Dram(_Part):
 
     gb_per_s: Rate
     burst_bytes: Annotated[int, Field(strict=True, ge=1, le=65536)]
-    pj_per_bit: Annotated[float, Field(ge=0, le=1e4)]
+    pj_per_bit: Annotated[float, Field(strict=True, ge=0, le=1e4)]
 
 
 class Features(_Part):
     """What the machine exploits. With both switches off it is a dense machine and keeps no type codes."""
 
-    skip_pruned: bool = True
-    unified_path: bool = True
+    skip_pruned: Switch = True
+    unified_path: Switch = True
     row_balance: Literal["none", "sorted"] = "none"
 
 
@@ -256,7 +257,7 @@ def _cross_field_problems(machine: Machine) -> list[Problem]:
                 "operand_store.size_kib",
                 f"half of {machine.operand_store.size_kib} KiB is {half_bits} bits, but one word "
                 f"(block[1] × columns × activation_bits) has {machine.word_bits} bits: no pass can be fed",
-                f"at least {machine.word_bits * 2 / 8192:g} KiB",
+                f"at least {-(-machine.word_bits * 2 // 8) / 1024} KiB",
             )
         )
     g_o, g_k = machine.array.block
@@ -274,7 +275,7 @@ def _cross_field_problems(machine: Machine) -> list[Problem]:
                     f"weights.{field}",
                     f"{size_kib} KiB over {machine.array.rows} rows leaves {share_bytes} bytes a row, "
                     f"less than one block of {bits} bits: the row cannot be fed",
-                    f"at least {-(-bits // 8) * machine.array.rows / 1024:g} KiB, or a smaller block",
+                    f"at least {-(-bits // 8) * machine.array.rows / 1024} KiB, or a smaller block",
                 )
             )
     return problems

@@ -95,13 +95,11 @@ def column_units(shape: LayerShape, columns: int, activation_bits: int, split: b
     size = columns if split else out_width
     begin = np.arange(0, out_width, size)
     end = np.minimum(begin + size, out_width)
+    first, last = np.zeros(1, np.int64), np.full(1, in_width)
     if split:
-        stride, before, dilation = shape.stride[-1], shape.padding[-1][0], shape.dilation[-1]
-        reach = (shape.kernel[-1] - 1) * dilation + 1
-        first = np.clip(begin * stride - before, 0, in_width)
-        last = np.clip((end - 1) * stride - before + reach, 0, in_width)
-    else:
-        first, last = np.zeros(1, np.int64), np.full(1, in_width)
+        columns_reached, inside = _reached(shape, -1)
+        first = np.minimum.reduceat(np.where(inside, columns_reached, in_width).min(axis=1), begin)
+        last = np.maximum.reduceat(np.where(inside, columns_reached + 1, 0).max(axis=1), begin)
     row = np.repeat(np.arange(n_rows), begin.size)
     return ColumnUnits(
         row=row,
@@ -116,6 +114,14 @@ def column_units(shape: LayerShape, columns: int, activation_bits: int, split: b
     )
 
 
+def _reached(shape: LayerShape, dim: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """``int64[outputs, taps]`` along one dimension: the input position of each tap, and whether it lies inside the input."""
+    size, (before, _) = shape.input_size[dim], shape.padding[dim]
+    outputs = np.arange(shape.output_size[dim])[:, None] * shape.stride[dim] - before
+    taps = outputs + np.arange(shape.kernel[dim]) * shape.dilation[dim]
+    return taps, (taps >= 0) & (taps < size)
+
+
 def _needed_rows(shape: LayerShape) -> tuple[NDArray[np.int64], int]:
     """``(int64[output rows, taps], input rows)``: input rows that each output row needs, -1 for padding."""
     if shape.kind == "linear":
@@ -123,16 +129,16 @@ def _needed_rows(shape: LayerShape) -> tuple[NDArray[np.int64], int]:
     needs = np.arange(shape.batch)[:, None]
     input_rows = shape.batch
     for dim in range(len(shape.kernel) - 1):
-        size, (before, _) = shape.input_size[dim], shape.padding[dim]
-        outputs = np.arange(shape.output_size[dim])[:, None] * shape.stride[dim] - before
-        rows = outputs + np.arange(shape.kernel[dim]) * shape.dilation[dim]
-        valid = (rows >= 0) & (rows < size)
+        size = shape.input_size[dim]
+        rows, valid = _reached(shape, dim)
         combined = needs[:, None, :, None] * size + rows[None, :, None, :]
         known = (needs >= 0)[:, None, :, None] & valid[None, :, None, :]
         needs = np.where(known, combined, -1).reshape(
             needs.shape[0] * rows.shape[0], needs.shape[1] * rows.shape[1]
         )
         input_rows *= size
+    if not _reached(shape, -1)[1].any():
+        needs = np.full_like(needs, -1)
     return np.ascontiguousarray(needs, np.int64), input_rows
 
 
@@ -277,7 +283,7 @@ def _gap(what: str, field: str, demand_bits: int, half_bits: int) -> str:
     demand, half = -(-demand_bits // 8), half_bits // 8
     return (
         f"The {what} needs {demand:,} bytes, half of {field} holds {half:,}: {demand - half:,} bytes too few. "
-        f"Raise {field} to {2 * demand / 1024:g} or more, or use fewer array rows or columns."
+        f"Raise {field} to {2 * demand / 1024} or more, or use fewer array rows or columns."
     )
 
 

@@ -318,7 +318,7 @@ def _input_load(units, u0, u1, v0, v1, seen, held, stamp, config):  # type: igno
     run = np.int64(0)
     for row in range(low, high + 1):
         needed = row < high and seen[row] == stamp
-        resident = needed and held[row] == stamp
+        resident = needed and held[row] == stamp and old_right > old_left
         whole_row = left == 0 and right == units.width
         if needed and not resident and whole_row:
             run += units.width

@@ -358,7 +358,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any], dict[str, np.ndarray]], Any], s
     "half a requantiser": (lambda h, t: t.pop("layers/0/shift"), "requantizer: incomplete: shift missing"),
     "a relu without requantiser": (lambda h, t: h["layers"][0].update(relu=None), "without its relu flag"),
     "a long shift": (lambda h, t: t["layers/0/shift"].__setitem__(0, 49), "49, must not exceed 48"),
-    "scales of another type": (lambda h, t: t.update({"layers/0/scale": np.zeros(3, np.int32)}), "must be int16[3]"),
+    "scales of another type": (lambda h, t: t.update({"layers/0/scale": np.zeros(3, np.int32)}), "dtype int32, must be int16"),
     "a NaN bias": (lambda h, t: t["state/0.bias"].__setitem__(0, np.nan), "must be finite float32"),
     "an unknown tensor": (lambda h, t: t.update(extra=np.zeros(1, np.uint8)), "extra: unknown tensor"),
     "a negative scale": (lambda h, t: h["layers"][0]["activations"].update(input_scale=-1.0), "must be positive"),

@@ -293,8 +293,9 @@ def test_the_same_figure_gives_the_same_file(tables):
 
 
 def test_saving_where_nothing_can_be_written(tables, tmp_path):
+    (tmp_path / "file").write_text("")
     with pytest.raises(HwsimError, match="cannot be written"):
-        save_plot(accuracy_plot(tables["points"]), tmp_path / "missing")
+        save_plot(accuracy_plot(tables["points"]), tmp_path / "file" / "figures")
 
 
 def test_settings_of_the_user_are_left_alone(tables):

@@ -148,7 +148,7 @@ def test_written_in_one_piece(tables, tmp_path):
     assert path.read_text("utf-8").startswith("<!DOCTYPE html>")
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     with pytest.raises(HwsimError, match="cannot be written"):
-        write_report(tmp_path / "none" / "report.html", **content)
+        write_report(tmp_path / "report.html" / "report.html", **content)
 
 
 def test_nothing_to_report(tables):
