@@ -11,7 +11,7 @@ import tomllib
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -305,14 +305,23 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    current: type[BaseModel] = model
+    current = model
     for name in location:
         info = current.model_fields.get(name)
-        annotation = info.annotation if info is not None else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if info is None:  # the index of an entry of a list: its model was found with the list
+            continue
+        inner = _model_in(info.annotation)
+        if inner is None:
             break
-        current = annotation
+        current = inner
     return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation names: itself, or inside ``| None``, ``tuple[…]`` and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
 
 
 def parse_machine(data: dict[str, Any], source: str) -> Machine:

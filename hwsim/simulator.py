@@ -79,7 +79,7 @@ def run_layer(layer: Layer, machine: Machine) -> LayerRun:
     Raises
     ------
     InputError
-        The layer's blocks cannot run on the machine's native block.
+        The layer's blocks cannot run on the machine's native block, or its weights are wider than the machine's formats.
     FitError
         The layer's finest step does not fit the machine's memories.
     """
@@ -87,6 +87,7 @@ def run_layer(layer: Layer, machine: Machine) -> LayerRun:
 
 
 def _run_layer(layer: Layer, machine: Machine, lowered: LoweredMachine) -> LayerRun:
+    _check_formats(layer, machine)
     native = layer.at_native_block(machine.array.block)
     types = effective_types(native.types, machine)
     blocks = effective_counts(native.types, machine)
@@ -97,6 +98,23 @@ def _run_layer(layer: Layer, machine: Machine, lowered: LoweredMachine) -> Layer
         native.shape, counters[:, :, :, 0], types.shape[2], order, sizes, lowered, machine.name
     )
     return LayerRun(native, blocks, order, machine.array.rows, counters, mapping, sizes)
+
+
+def _check_formats(layer: Layer, machine: Machine) -> None:
+    """Refuse weights that are wider than the machine's formats: times and sizes would be those of other weights."""
+    if layer.weights is None:
+        return
+    problems = [
+        Problem(
+            name,
+            f"the layer has {found}, the machine {its}",
+            "compress with the machine's formats, or widen them",
+        )
+        for name in ("weight_bits", "magnitude_bits")
+        if (found := getattr(layer.weights, name)) > (its := getattr(machine.precision, name))
+    ]
+    if problems:
+        raise InputError(f"layer {layer.name} on machine {machine.name}", problems)
 
 
 def pass_counters(

@@ -240,7 +240,9 @@ class Space(_Part):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise InputError(f"space {data.get('name', 'sweep')}", _problems(error)) from None
+            raise InputError(
+                f"space {data.get('name', 'sweep')}", validation_problems(error, Space)
+            ) from None
 
     @field_validator("hold", mode="before")
     @classmethod
@@ -555,18 +557,6 @@ def load_space(
     if isinstance(machine, dict) and isinstance(base, str) and base not in preset_names():
         machine["base"] = str(path.parent / base)
     return parse_space(data, str(path), networks=networks, datasets=datasets)
-
-
-def _problems(error: ValidationError) -> list[Problem]:
-    problems = []
-    for item in validation_problems(error, Space):
-        head, _, field = item.field.partition(".")
-        # Optional parts: only here are their fields known.
-        parts: dict[str, type[BaseModel]] = {"training": Training, "random": RandomTypes}
-        if head in parts and item.message == "unknown field":
-            item = Problem(item.field, item.message, nearest_name(field, parts[head].model_fields))
-        problems.append(item)
-    return problems
 
 
 def _of_base(problem: Problem, source: str) -> Problem:

@@ -340,6 +340,16 @@ def test_overflow_is_warned_of_exactly_from_the_boundary(machine: Machine, bits:
     assert simulate(narrow, [at]).layers["accumulator_bits_needed"].tolist() == [bits + 1]
 
 
+@pytest.mark.parametrize("field", ["weight_bits", "magnitude_bits"])
+def test_weights_wider_than_the_machine_are_refused(machine: Machine, field: str) -> None:
+    layer = with_sum(100, linear("fc", 4, 8))
+    assert layer.weights is not None
+    bits = getattr(layer.weights, field)
+    simulate(machine.with_fields({f"precision.{field}": bits}), [layer])
+    with pytest.raises(InputError, match=rf"{field}: the layer has {bits}, the machine {bits - 1}"):
+        simulate(machine.with_fields({f"precision.{field}": bits - 1}), [layer])
+
+
 def test_overflow_counts_unified_blocks_by_their_magnitude() -> None:
     shape = linear("fc", 4, 8)
     weights = QuantizedWeights(
