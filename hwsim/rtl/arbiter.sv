@@ -32,6 +32,6 @@ module arbiter #(
         end
         for (int r = 0; r < ROWS; r++)
             grant[r] = request[r] && column[r*COLUMN_BITS+:COLUMN_BITS] ==
-                bank_column[int'(bank[r*BANK_BITS+:BANK_BITS])*COLUMN_BITS+:COLUMN_BITS];
+                bank_column[32'(bank[r*BANK_BITS+:BANK_BITS])*COLUMN_BITS+:COLUMN_BITS];
     end
 endmodule

@@ -78,7 +78,7 @@ module array_row #(
     localparam int DENSE_CYCLES = larger(turns(N, MULTIPLIERS), turns(N * WEIGHT_BITS, DENSE_PORT));
     localparam int UNIFIED_CYCLES = larger(
         larger(turns(N, SIGN_ADDERS), turns(G_O, MULTIPLIERS)), turns(N + MAGNITUDE_BITS, SIGN_PORT));
-    localparam int BUSY_BITS = $clog2(larger(DENSE_CYCLES, UNIFIED_CYCLES) + 1);
+    localparam int BUSY_BITS = $clog2(larger(DENSE_CYCLES, UNIFIED_CYCLES) + 2);
 
     logic [127:0] bases[0:MAX_TILES-1];
     logic [31:0] block_rows[0:MAX_TILES-1];

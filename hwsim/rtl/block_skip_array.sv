@@ -151,7 +151,7 @@ module block_skip_array #(
                 .tile, .live(32'(r) < tile_rows), .write(write[4*r+:4]), .write_byte, .write_data,
                 .directory_write(directory_write[r]), .directory_tile, .directory_bases, .directory_block_row,
                 .request(request[r]), .request_column(request_column[r*COLUMN_BITS+:COLUMN_BITS]), .grant(grant[r]),
-                .granted_word(bank_word[int'(bank[r*BANK_BITS+:BANK_BITS])*WORD_BITS+:WORD_BITS]), .live_set, .switch_set,
+                .granted_word(bank_word[32'(bank[r*BANK_BITS+:BANK_BITS])*WORD_BITS+:WORD_BITS]), .live_set, .switch_set,
                 .drained(accumulators[r*ROW_ACCUMULATORS+:ROW_ACCUMULATORS]), .block_row(block_rows[r*32+:32]),
                 .finished_next(finished_next[r]), .examined(examined[r*COLUMN_BITS+:COLUMN_BITS]),
                 .scanned(scanned[r*COLUMN_BITS+:COLUMN_BITS]), .executes_unified(unified[r]), .executes_dense(dense[r]),

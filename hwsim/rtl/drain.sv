@@ -57,13 +57,13 @@ module drain #(
         channel = '0;
         for (int l = 0; l < DRAIN_WORDS; l++) begin
             drain_valid[l] = active && column_next < columns;
-            block = blocks[int'(row_next)*32+:32];
+            block = blocks[32'(row_next)*32+:32];
             channel = of_group * channels + block * 32'(G_O) + output_next;
             drain_channel[l*32+:32] = channel;
             drain_position[l*32+:32] = origin + column_next;
             used[l*56+:56] = parameters[INDEX_BITS'(channel)];
             taken[l*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] = drain_valid[l]
-                ? accumulators[((int'(row_next)*COLUMNS+int'(column_next))*G_O+int'(output_next))*ACCUMULATOR_BITS+:ACCUMULATOR_BITS]
+                ? accumulators[((32'(row_next)*COLUMNS+32'(column_next))*G_O+32'(output_next))*ACCUMULATOR_BITS+:ACCUMULATOR_BITS]
                 : '0;
             if (drain_valid[l]) begin
                 output_next = output_next + 32'd1;

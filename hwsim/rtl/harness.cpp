@@ -71,17 +71,26 @@ constexpr int kJobFields = 17;
 
 class Bench {
    public:
-    Bench() : context(new VerilatedContext), top(new Vblock_skip_array(context.get())) { top->clock = 0; }
-    ~Bench() { top->final(); }
-
+    explicit Bench(const char* trace_path) : context(new VerilatedContext) {
+        context->randReset(2);  // registers that a reset leaves alone, and all memories, begin at random
+        context->randSeed(1);
+        context->traceEverOn(trace_path != nullptr);
+        top.reset(new Vblock_skip_array(context.get()));
+        top->clock = 0;
 #if VM_TRACE
-    void trace(const char* path) {
-        context->traceEverOn(true);
-        waves.reset(new VerilatedVcdC);
-        top->trace(waves.get(), 99);
-        waves->open(path);
-    }
+        if (trace_path != nullptr) {
+            waves.reset(new VerilatedVcdC);
+            top->trace(waves.get(), 99);
+            waves->open(trace_path);
+        }
 #endif
+    }
+    ~Bench() {
+        top->final();
+#if VM_TRACE
+        if (waves) waves->close();
+#endif
+    }
 
     std::vector<uint32_t> run(const Job& job) {
         describe(job);
@@ -229,12 +238,7 @@ Job parse(const std::vector<uint32_t>& words) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    (void)argc;
-    (void)argv;
-    Bench bench;
-#if VM_TRACE
-    if (argc > 1) bench.trace(argv[1]);
-#endif
+    Bench bench(argc > 1 ? argv[1] : nullptr);
     uint32_t count = 0;
     while (std::fread(&count, sizeof count, 1, stdin) == 1) {
         std::vector<uint32_t> words(count);

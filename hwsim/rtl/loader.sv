@@ -40,7 +40,7 @@ module loader #(
     localparam int ROW_BITS = ROWS > 1 ? $clog2(ROWS) : 1;
 
     logic [2:0] state;
-    logic [31:0] used[0:4*ROWS-1];
+    logic [4*ROWS*32-1:0] used;  // bytes written so far, by row and stream
     logic [127:0] bases;
     logic [31:0] present, order_base, channel_base, group, place, tile, block_row, global_row, index, from;
     logic [31:0] entry, word, next_entry;
@@ -60,9 +60,9 @@ module loader #(
         entry = '0;
         more_streams = 1'b0;
         next_stream = stream;
-        for (int s = 0; s < 4; s++) if (streams[s] && s < int'(stream)) entry = entry + 32'd1;
+        for (int s = 0; s < 4; s++) if (streams[s] && s < 32'(stream)) entry = entry + 32'd1;
         for (int s = 3; s >= 0; s--)
-            if (streams[s] && s > int'(stream)) begin
+            if (streams[s] && s > 32'(stream)) begin
                 more_streams = 1'b1;
                 next_stream = 2'(s);
             end
@@ -101,8 +101,8 @@ module loader #(
     always_comb begin
         taken = load_request && load_valid;
         write = '0;
-        write[int'({row, stream})] = state == COPY && taken;
-        write_byte = used[{row, stream}];
+        write[32'({row, stream})] = state == COPY && taken;
+        write_byte = used[32'({row, stream})*32+:32];
         write_data = load_data;
         directory_write = '0;
         directory_write[row] = state == ENTER;
@@ -128,7 +128,7 @@ module loader #(
             byte_count <= '0;
             stream <= streams[0] ? 2'd0 : streams[1] ? 2'd1 : streams[2] ? 2'd2 : 2'd3;
             bases <= '0;
-            for (int i = 0; i < 4 * ROWS; i++) used[i] <= '0;
+            used <= '0;
         end else
             case (state)
                 ORDER:
@@ -144,7 +144,7 @@ module loader #(
                     byte_count <= byte_count == 3'd3 ? 3'd0 : byte_count + 3'd1;
                     if (byte_count == 3'd3) begin
                         from <= word;
-                        bases[{stream, 5'd0}+:32] <= used[{row, stream}];
+                        bases[{stream, 5'd0}+:32] <= used[32'({row, stream})*32+:32];
                         // The very last part ends with the image.
                         index <= image_bytes;
                         state <= last_row && !more_streams ? COPY : END;
@@ -164,7 +164,7 @@ module loader #(
                     state <= more_streams ? BEGIN : ENTER;
                 end else if (taken) begin
                     from <= from + 32'd1;
-                    used[{row, stream}] <= used[{row, stream}] + 32'd1;
+                    used[32'({row, stream})*32+:32] <= used[32'({row, stream})*32+:32] + 32'd1;
                 end
                 ENTER: begin
                     stream <= streams[0] ? 2'd0 : streams[1] ? 2'd1 : streams[2] ? 2'd2 : 2'd3;

@@ -52,11 +52,11 @@ module pe #(
         addend = '0;
         at = '0;
         for (int l = 0; l < SIGN_ADDERS; l++) begin
-            x = word[int'(adder_in[l*IN_BITS+:IN_BITS])*ACTIVATION_BITS+:ACTIVATION_BITS];
-            addend = adder_negative[l] ? -SUM_BITS'(x) : SUM_BITS'(x);
+            x = word[32'(adder_in[l*IN_BITS+:IN_BITS])*ACTIVATION_BITS+:ACTIVATION_BITS];
+            addend = adder_negative[l] ? -(SUM_BITS'(x)) : SUM_BITS'(x);
             at = adder_out[l*OUT_BITS+:OUT_BITS];
             if (adder_valid[l])
-                sums_next[int'(at)*SUM_BITS+:SUM_BITS] = sums_next[int'(at)*SUM_BITS+:SUM_BITS] + addend;
+                sums_next[32'(at)*SUM_BITS+:SUM_BITS] = sums_next[32'(at)*SUM_BITS+:SUM_BITS] + addend;
         end
         updated = accumulators[live_set];
         operand = '0;
@@ -65,14 +65,14 @@ module pe #(
         extended = '0;
         for (int l = 0; l < MULTIPLIERS; l++) begin
             at = lane_out[l*OUT_BITS+:OUT_BITS];
-            x = word[int'(lane_in[l*IN_BITS+:IN_BITS])*ACTIVATION_BITS+:ACTIVATION_BITS];
-            operand = dense ? SUM_BITS'(x) : sums_next[int'(at)*SUM_BITS+:SUM_BITS];
+            x = word[32'(lane_in[l*IN_BITS+:IN_BITS])*ACTIVATION_BITS+:ACTIVATION_BITS];
+            operand = dense ? SUM_BITS'(x) : sums_next[32'(at)*SUM_BITS+:SUM_BITS];
             factor = lane_factor[l*FACTOR_BITS+:FACTOR_BITS];
             product = factor * operand;
             extended = WIDE'(product);
             if (lane_valid[l])
-                updated[int'(at)*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] =
-                    updated[int'(at)*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] + extended[ACCUMULATOR_BITS-1:0];
+                updated[32'(at)*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] =
+                    updated[32'(at)*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] + extended[ACCUMULATOR_BITS-1:0];
         end
         drained = accumulators[!live_set];
     end

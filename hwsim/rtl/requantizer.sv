@@ -23,7 +23,7 @@ module requantizer #(
         product = WIDE'(sum) * WIDE'($signed(scale));
         rounding = shift == 8'd0 ? '0 : WIDE'(1) << (shift - 8'd1);
         // From 2^WIDE on every quotient rounds to 0.
-        if (int'(shift) >= WIDE - 1) value = '0;
+        if (32'(shift) >= WIDE - 1) value = '0;
         else value = (product + rounding) >>> shift;
         if (value > HIGH) value = HIGH;
         if (value < LOW) value = LOW;

@@ -89,8 +89,8 @@ module weight_feed #(
     int dense_before, sign_before, magnitude_before;
     logic [31:0] dense_at, sign_at, magnitude_at;
     logic [DENSE_CHUNK-1:0] dense_chunk;
-    logic [SIGN_CHUNK-1:0] sign_chunk;
-    logic [MAGNITUDE_CHUNK-1:0] magnitude_chunk;
+    logic [SIGN_CHUNK-1:0] sign_chunk, sign_fresh;
+    logic [MAGNITUDE_CHUNK-1:0] magnitude_chunk, magnitude_fresh;
     logic [BLOCK_BITS-1:0] weights, weights_held;
     logic [N-1:0] signs, signs_held;
     logic [MAGNITUDE_BITS-1:0] magnitude, magnitude_part;
@@ -119,18 +119,19 @@ module weight_feed #(
             sign_now = smaller(SIGN_CHUNK, N - sign_before);
             magnitude_now = smaller(smaller(MAGNITUDE_CHUNK, MAGNITUDE_BITS - magnitude_before), SIGN_PORT - sign_now);
         end
-        // What lies beyond the block shifts out at the top; beyond this cycle's bits it is overwritten by the next chunk.
+        // Of the dense chunk what lies beyond the block shifts out at the top; the others are cut to what the port brings now.
         weights = (first ? '0 : weights_held) | (BLOCK_BITS'(dense_chunk) << dense_before);
-        signs = (first ? '0 : signs_held) | (N'(sign_chunk & ~({SIGN_CHUNK{1'b1}} << sign_now)) << sign_before);
-        magnitude = (first ? '0 : magnitude_part)
-            | (MAGNITUDE_BITS'(magnitude_chunk & ~({MAGNITUDE_CHUNK{1'b1}} << magnitude_now)) << magnitude_before);
+        sign_fresh = sign_chunk & ~({SIGN_CHUNK{1'b1}} << sign_now);
+        signs = (first ? '0 : signs_held) | (N'(sign_fresh) << sign_before);
+        magnitude_fresh = magnitude_chunk & ~({MAGNITUDE_CHUNK{1'b1}} << magnitude_now);
+        magnitude = (first ? '0 : magnitude_part) | (MAGNITUDE_BITS'(magnitude_fresh) << magnitude_before);
         sign_have = sign_before + sign_now;
         added_now = smaller(SIGN_ADDERS, sign_have - added_before);
     end
 
     always_comb begin
         for (int l = 0; l < MULTIPLIERS; l++) begin
-            item = (dense ? N : G_O) - MULTIPLIERS * int'(busy) + l;
+            item = (dense ? N : G_O) - MULTIPLIERS * 32'(busy) + l;
             lane_valid[l] = busy != '0 && item >= 0;
             if (item < 0) item = 0;
             lane_out[l*OUT_BITS+:OUT_BITS] = OUT_BITS'(dense ? item / G_K : item);
