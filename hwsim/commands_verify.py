@@ -59,12 +59,10 @@ def verify(
     from concurrent.futures import ThreadPoolExecutor
 
     from hwsim.machine import load_machine
+    from hwsim.rtl_simulator import Mismatch, RtlSimulator, build
     from hwsim.verify import (
         VERIFICATION_MACHINES,
         Failure,
-        Mismatch,
-        RtlSimulator,
-        build,
         check,
         load_reproducer,
         verification_machine,

@@ -4,7 +4,7 @@
 // words of a column tile from the layer's input matrix; behind the drain port an output buffer. Each port may stall at random.
 //
 // Jobs come on standard input, results go to standard output, both as 32-bit little-endian words that begin with the number of
-// words that follow. `hwsim/verify.py` writes and reads them; the order of the fields is there.
+// words that follow. `hwsim/rtl_simulator.py` writes and reads them; the order of the fields is there.
 #include <cstdint>
 #include <cstdio>
 #include <memory>

@@ -15,26 +15,30 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hwsim import verify
+from hwsim import rtl_simulator, verify
 from hwsim.cli import cli
 from hwsim.errors import FitError, InputError
 from hwsim.machine import load_machine
+from hwsim.rtl_simulator import (
+    Mismatch,
+    RtlSimulator,
+    Stalls,
+    build,
+    find_verilator,
+    rtl_parameters,
+    unified_in_time,
+)
 from hwsim.simulator import run_layer
 from hwsim.verify import (
     VERIFICATION_MACHINES,
     LayerSpec,
-    Mismatch,
-    RtlSimulator,
-    Stalls,
     check,
     check_layer,
     load_reproducer,
     random_spec,
     reference_outputs,
-    rtl_parameters,
     shrink,
     timeline_cycles,
-    unified_in_time,
     verification_machine,
     verify_machine,
 )
@@ -43,7 +47,7 @@ from hwsim.verify import (
 def _missing() -> str | None:
     """Why the design cannot be built here."""
     try:
-        verify.find_verilator()
+        find_verilator()
     except InputError as error:
         return str(error)
     for tool in ("g++", "make", "perl"):
@@ -62,7 +66,7 @@ FAST = ("small", "segments", "odd-formats")
 def simulators() -> Iterator[dict[str, RtlSimulator]]:
     """The fast machines' designs, running."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(verify.build, map(verification_machine, FAST)))
+        list(pool.map(build, map(verification_machine, FAST)))
     running = {name: RtlSimulator(verification_machine(name)) for name in FAST}
     yield running
     for simulator in running.values():
@@ -176,13 +180,13 @@ def test_a_damaged_part_of_the_image_is_seen(
     sizes = run_layer(layer, machine).sizes.part_bytes
     names = list(sizes)
     start = sum(sizes[name] for name in names[: names.index(part)])
-    image = bytearray(verify.memory_image(layer, machine))
+    image = bytearray(rtl_simulator.memory_image(layer, machine))
     # Of the channel parameters the scales, of a stream every byte.
     for at in (
         range(start + 4, start + sizes[part], 7) if part == "channel" else range(start, start + sizes[part])
     ):
         image[at] ^= 0xFF
-    monkeypatch.setattr(verify, "memory_image", lambda *_: bytes(image))
+    monkeypatch.setattr(rtl_simulator, "memory_image", lambda *_: bytes(image))
     with pytest.raises(Mismatch):
         check(simulators["small"], spec)
 
