@@ -27,7 +27,10 @@ _COMMANDS = {
     ),
     "storage": ("compress.cli_hardware:storage", "Bytes and bits per weight for block shapes and ratios."),
     "passes": ("hwsim.commands:passes", "Counters of the passes of one array of block types."),
-    "verify": ("hwsim.commands_verify:verify", "Check the cycle model against the RTL, built with Verilator."),
+    "verify": (
+        "hwsim.commands_verify:verify",
+        "Check the cycle model against the RTL, built with Verilator.",
+    ),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),
