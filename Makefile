@@ -9,12 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IMAGES := /usr/share/datasets/fashion-mnist
-OUT ?= results/demo
 
 .PHONY: demo test test-slow bench lint setup data clean
 
 demo: setup data
-	$(BIN)/hwsim demo --out $(OUT) $(if $(QUICK),--quick)
+	$(BIN)/hwsim demo $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
 test: setup data
 	$(BIN)/python -m pytest

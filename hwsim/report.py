@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from hwsim.machine import Machine
+from hwsim.tables import time_text
 from hwsim.version import MODEL_VERSION
 
 __all__ = ["Report"]
@@ -148,7 +149,7 @@ class Report:
     def __str__(self) -> str:
         s = self.summary
         lines = [
-            f"{self.network} on {self.machine.name}: {s['latency_cycles']:,} cycles, {_time(s['latency_ms'])}, "
+            f"{self.network} on {self.machine.name}: {s['latency_cycles']:,} cycles, {time_text(s['latency_ms'])}, "
             f"{s['energy_pj'] / 1e6:.4g} µJ",
             f"  speed-up against dense: {s['speedup_compute_only']:.2f}x compute only, "
             f"{s['speedup_with_memory']:.2f}x with memory, {s['speedup_equal_area']:.2f}x at equal area",
@@ -172,10 +173,6 @@ class Report:
         ]
         table = self.layers[columns].to_html(index=False, border=0, float_format="{:.4g}".format)
         return f"<pre>{html.escape(str(self))}</pre>{table}"
-
-
-def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.4g} ms" if milliseconds >= 0.1 else f"{milliseconds * 1e3:.4g} µs"
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["format_table", "short_number"]
+__all__ = ["format_table", "short_number", "time_text"]
 
 
 def short_number(value: float) -> str:
@@ -20,6 +20,15 @@ def short_number(value: float) -> str:
             scaled = value / limit
             return f"{scaled:.3g}{prefix}" if abs(scaled) < 999.5 else f"{scaled:.0f}{prefix}"
     return str(value) if isinstance(value, int) else f"{value:.2f}"
+
+
+def time_text(milliseconds: float) -> str:
+    """A time with its unit, in µs below a tenth of a millisecond.
+
+    >>> time_text(2.5), time_text(0.007622)
+    ('2.5 ms', '7.622 µs')
+    """
+    return f"{milliseconds:.4g} ms" if milliseconds >= 0.1 else f"{milliseconds * 1e3:.4g} µs"
 
 
 def format_table(rows: Sequence[Mapping[Any, Any]], width: int | None = None) -> str:

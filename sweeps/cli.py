@@ -66,10 +66,14 @@ def report(results: Path, out: Path | None) -> None:
 
 
 @click.command(epilog="Example: hwsim demo --quick --out results/quick")
-@click.option("--out", type=_FOLDER, default="results/demo", show_default=True, help="Folder of the results.")
+@click.option(
+    "--out",
+    type=_FOLDER,
+    help="Folder of the results; by default results/demo, with --quick results/demo-quick.",
+)
 @click.option("--quick", is_flag=True, help="Fewer images, epochs and configurations: under three minutes.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that train; by default one per processor.")
-def demo(out: Path, quick: bool, workers: int | None) -> None:
+def demo(out: Path | None, quick: bool, workers: int | None) -> None:
     """Train LeNet-5 on Fashion-MNIST, compress it at several block shapes and ratios, simulate, plot and report.
 
     The design space is the file demo.toml (demo-quick.toml with --quick) that ships with hwsim; it is copied into the folder.
@@ -83,6 +87,7 @@ def demo(out: Path, quick: bool, workers: int | None) -> None:
     from sweeps.summary import summarise
 
     name = "demo-quick.toml" if quick else "demo.toml"
+    out = out or Path("results") / name.removesuffix(".toml")  # a folder holds one set of training settings
     text = resources.files("sweeps").joinpath("spaces", name).read_text("utf-8")
     _run(parse_space(tomllib.loads(text), name), out, workers)
     write_atomically(out / name, text.encode())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.tables import time_text
 from sweeps.pareto import knee_point
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _described(row: pd.Series, varied: Sequence[str]) -> str:
     ]
     return (
         f"blocks {row['block'].replace('x', '×')}, p {row['pruned']:g}, u {row['unified']:g}, {row['hold']} fixed"
-        f"{others}: {accuracy}{row['latency_ms']:.3g} ms; faster than dense by {', '.join(speedups)}; "
+        f"{others}: {accuracy}{time_text(row['latency_ms'])}; faster than dense by {', '.join(speedups)}; "
         f"{row['image_bytes'] / 1024:.1f} KiB, {_times(row['fp32_bytes'] / row['image_bytes'])} smaller than fp32 and "
         f"{_times(row['int8_bytes'] / row['image_bytes'])} than int8; {row['energy_pj'] / 1e6:.3g} µJ, "
         f"{_times(row['dense_energy_pj'] / row['energy_pj'])} less than dense."

@@ -179,7 +179,7 @@ def test_summary_names_the_best_configurations(tables):
     assert "90.90 %" in sentences[1]
     (fastest,) = [text for text in sentences if text.startswith("Fastest")]
     assert "blocks 8×1, p 0.5, u 0.5, area fixed" in fastest
-    assert "90.88 % (8-bit integer), 0.001 ms" in fastest
+    assert "90.88 % (8-bit integer), 1 µs" in fastest
     assert "(compute only)" in fastest
     assert "(with memory)" in fastest
     assert "(equal area)" in fastest
