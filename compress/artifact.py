@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from compress.layers import CompressedLayer
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.files import write_atomically
-from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, check_types
+from hwsim.layer import DENSE, STREAMS, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, check_types
 from hwsim.machine import validation_problems
 
 if TYPE_CHECKING:
@@ -57,9 +57,6 @@ MAX_SHIFT = 48
 """Largest shift of a requantiser. ``(acc + bias) · scale`` has at most 33 + 16 = 49 bits, so a longer shift
 gives 0 always.
 """
-
-STREAMS = ("type", "sign", "magnitude", "dense")
-"""The streams of a layer, in the order of the memory image."""
 
 METADATA_KEY = "hwsim"
 WRONG_FORMAT_HINTS = {

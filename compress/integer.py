@@ -26,7 +26,7 @@ from torch.nn import functional
 from compress.artifact import MAX_SHIFT, Activations, integer_weight
 from compress.layers import CompressedLayer
 from hwsim.errors import InputError, Problem, nearest_name
-from hwsim.layer import Requantizer
+from hwsim.layer import Requantizer, accumulator_bits_needed
 
 __all__ = [
     "IntegerModel",
@@ -50,25 +50,6 @@ FLOAT32_EXACT = 1 << 24
 
 
 # --- arithmetic
-
-
-def accumulator_bits_needed(weight: NDArray[np.integer], activation_bits: int) -> int:
-    """Bits of a two's complement accumulator that no input whatever can overflow, at no point of the sum.
-
-    Parameters
-    ----------
-    weight : integer array ``[out, ...]``
-        Every row adds into an accumulator of its own.
-    activation_bits : int
-        Inputs are signed and may take every value of that many bits.
-
-    Examples
-    --------
-    >>> accumulator_bits_needed(np.array([[1, -2, 1]]), 8)  # 4 · 128 = 512
-    11
-    """
-    sums = np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(axis=1)
-    return (int(sums.max()) << (activation_bits - 1)).bit_length() + 1
 
 
 def make_requantizer(

@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsim.errors import FitError, InputError, Problem
-from hwsim.layer import DENSE, UNIFIED, Layer, Requantizer
+from hwsim.layer import DENSE, STREAMS, UNIFIED, Layer, Requantizer
 from hwsim.lowering import effective_counts, effective_types, execution_order
 from hwsim.machine import Machine
 
-__all__ = ["PARTS", "STREAMS", "ImageSizes", "image_sizes", "memory_image", "type_code_bits"]
+__all__ = ["PARTS", "ImageSizes", "image_sizes", "memory_image", "type_code_bits"]
 
-STREAMS = ("type", "sign", "magnitude", "dense")
-"""The streams, in the order of the image."""
 PARTS = ("offset", "order", "channel", *STREAMS)
 """The parts of an image, in order: offsets, row order, channel parameters, streams."""
 CHANNEL_BYTES = 7

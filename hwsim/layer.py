@@ -19,11 +19,13 @@ from hwsim.errors import InputError, Problem
 __all__ = [
     "DENSE",
     "PRUNED",
+    "STREAMS",
     "UNIFIED",
     "Layer",
     "LayerShape",
     "QuantizedWeights",
     "Requantizer",
+    "accumulator_bits_needed",
     "check_types",
     "random_layers",
     "random_types",
@@ -32,6 +34,9 @@ __all__ = [
 
 PRUNED, UNIFIED, DENSE = 0, 1, 2
 """Codes of the block types."""
+
+STREAMS = ("type", "sign", "magnitude", "dense")
+"""What is stored of a layer, in the order of the memory image."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,25 @@ class Layer:
         unified = np.where(self.weights.signs == 1, -magnitudes, magnitudes)
         matrix = np.where(types == DENSE, self.weights.dense.astype(np.int32), 0)
         return np.where(types == UNIFIED, unified, matrix).astype(np.int32)
+
+
+def accumulator_bits_needed(weight: NDArray[np.integer], activation_bits: int) -> int:
+    """Bits of a two's complement accumulator that no input whatever can overflow, at no point of the sum.
+
+    Parameters
+    ----------
+    weight : integer array ``[out, ...]``
+        Every row adds into an accumulator of its own.
+    activation_bits : int
+        Inputs are signed and may take every value of that many bits.
+
+    Examples
+    --------
+    >>> accumulator_bits_needed(np.array([[1, -2, 1]]), 8)  # 4 · 128 = 512
+    11
+    """
+    sums = np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(axis=1)
+    return (int(sums.max()) << (activation_bits - 1)).bit_length() + 1
 
 
 def check_types(types: NDArray, source: str) -> None:

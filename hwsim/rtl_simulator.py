@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsim.errors import HwsimError, InputError, Problem
-from hwsim.image import STREAMS, memory_image, type_code_bits
+from hwsim.image import memory_image, type_code_bits
+from hwsim.layer import STREAMS
 from hwsim.lowering import lower_machine, occupancy
 from hwsim.machine import Machine
 from hwsim.mapping import column_units

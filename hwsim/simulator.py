@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from hwsim.area import dense_at_equal_area, machine_area
 from hwsim.energy import ENERGY_COMPONENTS, EventCounts, layer_energy
 from hwsim.errors import FitError, InputError, Problem
-from hwsim.image import PARTS, STREAMS, ImageSizes, image_sizes, type_code_bits
+from hwsim.image import PARTS, ImageSizes, image_sizes, type_code_bits
 from hwsim.kernels.counts import count_types
 from hwsim.kernels.passes import PassConfig, run_passes
-from hwsim.layer import DENSE, PRUNED, UNIFIED, Layer, LayerShape
+from hwsim.layer import DENSE, PRUNED, STREAMS, UNIFIED, Layer, LayerShape, accumulator_bits_needed
 from hwsim.lowering import (
     LoweredMachine,
     effective_counts,
@@ -34,7 +34,7 @@ from hwsim.oracle import COUNTERS
 from hwsim.report import Report
 from hwsim.technology import Technology, load_technology
 
-__all__ = ["LayerRun", "accumulator_bits_needed", "pass_counters", "run_layer", "simulate"]
+__all__ = ["LayerRun", "layer_accumulator_bits", "pass_counters", "run_layer", "simulate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,8 @@ def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = 
     dense_machine, equal_machine = _baselines(machine, technology)
     lowered = lower_machine(machine)
     runs = [_run_layer(layer, machine, lowered) for layer in layers]
-    warnings = [warning for run in runs for warning in _overflow_warning(run, machine)]
+    rows = [_layer_row(run, machine) for run in runs]
+    warnings = _overflow_warnings(rows, machine)
     shapes = tuple(layer.shape for layer in layers)
     dense_runs, problem = _dense_runs(shapes, dense_machine)
     warnings += problem
@@ -190,7 +191,6 @@ def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = 
     dense_energy = (
         layer_energy(_events(dense_runs, dense_machine), dense_machine, technology) if dense_runs else None
     )
-    rows = [_layer_row(run, machine) for run in runs]
     _add_baselines(rows, dense_runs, equal_runs)
     for index, row in enumerate(rows):
         row["energy_pj"] = float(energy[index].sum())
@@ -253,27 +253,13 @@ def _dense_layer(shape: LayerShape, block: tuple[int, int]) -> Layer:
     return Layer(shape, block, types)
 
 
-def accumulator_bits_needed(layer: Layer, activation_bits: int) -> int | None:
-    """Bits of an accumulator that no input can overflow; None where the weights are not at hand.
-
-    ``Σ|w| · 2**(activation_bits − 1)`` of the worst output channel bounds every partial sum; the bias is added in the
-    requantiser.
-    """
-    if layer.weights is None:
-        return None
-    worst = int(np.abs(layer.integer_matrix().astype(np.int64)).sum(axis=2).max()) * 2 ** (
-        activation_bits - 1
-    )
-    return worst.bit_length() + 1
-
-
-def _overflow_warning(run: LayerRun, machine: Machine) -> list[str]:
-    needed = accumulator_bits_needed(run.layer, machine.precision.activation_bits)
-    if needed is None or needed <= machine.precision.accumulator_bits:
-        return []
+def _overflow_warnings(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
+    has = machine.precision.accumulator_bits
     return [
-        f"layer {run.layer.name} can overflow: its worst sum needs {needed} accumulator bits, the machine has "
-        f"{machine.precision.accumulator_bits}; sums wrap"
+        f"layer {row['layer']} can overflow: its worst sum needs {row['accumulator_bits_needed']} accumulator bits, "
+        f"the machine has {has}; sums wrap"
+        for row in rows
+        if row["accumulator_bits_needed"] is not None and row["accumulator_bits_needed"] > has
     ]
 
 
@@ -370,8 +356,19 @@ def _layer_row(run: LayerRun, machine: Machine) -> dict[str, Any]:
         "peak_demand_gb_per_s": demand,
         "image_bytes": image_bytes,
         "bits_per_weight": image_bytes * 8 / shape.weight_count,
-        "accumulator_bits_needed": accumulator_bits_needed(run.layer, machine.precision.activation_bits),
+        "accumulator_bits_needed": layer_accumulator_bits(run.layer, machine.precision.activation_bits),
     }
+
+
+def layer_accumulator_bits(layer: Layer, activation_bits: int) -> int | None:
+    """Bits of an accumulator that no input can overflow; None where the weights are not at hand.
+
+    The bias is added behind the accumulator, in the requantiser.
+    """
+    if layer.weights is None:
+        return None
+    rows = layer.integer_matrix().reshape(-1, layer.shape.k)
+    return accumulator_bits_needed(rows, activation_bits)
 
 
 def _attribution(mapping: Mapping) -> dict[str, int]:

@@ -21,14 +21,13 @@ from compress.artifact import MAX_SHIFT, integer_weight
 from compress.fit import compress
 from compress.integer import (
     IntegerModel,
-    accumulator_bits_needed,
     make_requantizer,
     quantize_activations,
 )
 from compress.layers import CompressedLayer
 from compress.rules import CompressionConfig, Recipe
 from hwsim.errors import InputError
-from hwsim.layer import Requantizer
+from hwsim.layer import Requantizer, accumulator_bits_needed
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +328,7 @@ def test_no_input_overflows_the_bits_that_are_said(rows: list[list[int]], activa
 
 def test_the_simulator_says_the_same() -> None:
     from compress.rebuild import make_artifact
-    from hwsim.simulator import accumulator_bits_needed as simulated
+    from hwsim.simulator import layer_accumulator_bits as simulated
 
     model = zoo.build("lenet5")
     layers = projected(model, block=(4, 4))

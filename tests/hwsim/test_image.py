@@ -11,8 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hwsim.errors import InputError
-from hwsim.image import PARTS, STREAMS, ImageSizes, image_sizes, memory_image
-from hwsim.layer import DENSE, PRUNED, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
+from hwsim.image import PARTS, ImageSizes, image_sizes, memory_image
+from hwsim.layer import (
+    DENSE,
+    PRUNED,
+    STREAMS,
+    UNIFIED,
+    Layer,
+    LayerShape,
+    QuantizedWeights,
+    Requantizer,
+    random_types,
+)
 from hwsim.lowering import effective_counts
 from hwsim.machine import Machine, load_machine
 from tests.hwsim import reference

@@ -25,7 +25,7 @@ from hwsim.energy import ENERGY_COMPONENTS
 from hwsim.errors import FitError, InputError
 from hwsim.image import PARTS, memory_image
 from hwsim.layer import DENSE, PRUNED, UNIFIED, QuantizedWeights, random_types
-from hwsim.simulator import accumulator_bits_needed, run_layer
+from hwsim.simulator import layer_accumulator_bits, run_layer
 from hwsim.technology import load_technology
 from hwsim.version import MODEL_VERSION
 
@@ -332,8 +332,8 @@ def test_overflow_is_warned_of_exactly_from_the_boundary(machine: Machine, bits:
     shape = linear("fc", 6, 1200)
     limit = 2 ** (bits - 1) // 128
     below, at = with_sum(limit - 1, shape), with_sum(limit, shape)
-    assert accumulator_bits_needed(below, 8) == bits
-    assert accumulator_bits_needed(at, 8) == bits + 1
+    assert layer_accumulator_bits(below, 8) == bits
+    assert layer_accumulator_bits(at, 8) == bits + 1
     assert simulate(narrow, [below]).warnings == ()
     [warning] = simulate(narrow, [at]).warnings
     assert f"layer fc can overflow: its worst sum needs {bits + 1} accumulator bits" in warning
@@ -361,12 +361,12 @@ def test_overflow_counts_unified_blocks_by_their_magnitude() -> None:
         1.0,
     )
     layer = Layer(shape, (4, 4), np.array([[[UNIFIED, UNIFIED]]], np.uint8), weights)
-    assert accumulator_bits_needed(layer, 8) == (8 * 255 * 128).bit_length() + 1
+    assert layer_accumulator_bits(layer, 8) == (8 * 255 * 128).bit_length() + 1
 
 
 def test_a_layer_of_types_only_is_not_warned_of(report: Report, layers: list[Layer]) -> None:
     assert report.warnings == ()
-    assert accumulator_bits_needed(layers[0], 8) is None
+    assert layer_accumulator_bits(layers[0], 8) is None
 
 
 def test_image_bytes_are_those_of_the_image(machine: Machine) -> None:
