@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from hwsim.layer import Layer, LayerShape
+    from compress.subjects import RandomMap
+    from hwsim.layer import LayerShape
     from hwsim.report import Report
 
-__all__ = ["parse_block", "simulate", "storage"]
+__all__ = ["map_options", "parse_block", "random_map", "simulate", "storage"]
 
 
 def parse_block(text: str) -> tuple[int, int]:
@@ -32,36 +34,52 @@ def parse_block(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
+def map_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that take a compressed file or a network by name, with its machine."""
+    options = (
+        click.option(
+            "--machine", default="msa-16x16", show_default=True, help="Preset, or the path of a machine file."
+        ),
+        click.option(
+            "--block",
+            default=None,
+            help="Random map: block shape as 4x4; by default the machine's native block.",
+        ),
+        click.option("--pruned", default=0.5, show_default=True, help="Random map: ratio of pruned blocks."),
+        click.option(
+            "--unified", default=0.5, show_default=True, help="Random map: ratio of unified blocks."
+        ),
+        click.option(
+            "--all-layers", is_flag=True, help="Random map: compress the first and the last layer too."
+        ),
+        click.option("--seed", default=0, show_default=True, help="Random map: seed."),
+        click.option(
+            "--batch", default=1, show_default=True, type=click.IntRange(1), help="Inputs at a time."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def random_map(block: str | None, pruned: float, unified: float, all_layers: bool, seed: int) -> RandomMap:
+    """What the options of `map_options` say of random maps."""
+    from compress.subjects import RandomMap
+
+    return RandomMap(parse_block(block) if block else None, pruned, unified, all_layers, seed)
+
+
 @click.command(epilog="Example: hwsim simulate resnet18 --pruned 0.5 --unified 0.5 --machine msa-16x16")
 @click.argument("model")
-@click.option(
-    "--machine", default="msa-16x16", show_default=True, help="Preset, or the path of a machine file."
-)
-@click.option(
-    "--block", default=None, help="Random map: block shape as 4x4; by default the machine's native block."
-)
-@click.option("--pruned", default=0.5, show_default=True, help="Random map: ratio of pruned blocks.")
-@click.option("--unified", default=0.5, show_default=True, help="Random map: ratio of unified blocks.")
-@click.option("--all-layers", is_flag=True, help="Random map: compress the first and the last layer too.")
-@click.option("--seed", default=0, show_default=True, help="Random map: seed.")
-@click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Inputs at a time.")
+@map_options
 @click.option("--json", "as_json", is_flag=True, help="Everything as one JSON object.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Also write the tables as CSV to a folder.",
+    help="Also write the report (report.json, for hwsim explain and diff) and its tables (CSV) to a folder.",
 )
 def simulate(
-    model: str,
-    machine: str,
-    block: str | None,
-    pruned: float,
-    unified: float,
-    all_layers: bool,
-    seed: int,
-    batch: int,
-    as_json: bool,
-    out: Path | None,
+    model: str, machine: str, batch: int, as_json: bool, out: Path | None, **map_settings: Any
 ) -> None:
     """Cycles, traffic, energy, storage and area of MODEL on a machine, per layer.
 
@@ -70,36 +88,16 @@ def simulate(
     """
     import json
 
+    from compress.subjects import load_subject
     from hwsim.machine import load_machine
-    from hwsim.simulator import simulate as run
 
-    chosen = load_machine(machine)
-    shape = parse_block(block) if block else chosen.array.block
-    if Path(model).suffix == ".safetensors" or Path(model).exists():
-        from compress.artifact import load_artifact
-
-        name, layers = Path(model).name, load_artifact(model).layers(batch)
-    else:
-        name = model
-        layers = _random_network(model, shape, pruned, unified, seed, batch, all_layers)
-    report = run(chosen, layers, network=name)
+    report = load_subject(model, load_machine(machine), random_map(**map_settings), batch).simulate()
     if out is not None:
         _write_tables(report, out)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
         _print_report(report)
-
-
-def _random_network(
-    name: str, block: tuple[int, int], pruned: float, unified: float, seed: int, batch: int, all_layers: bool
-) -> list[Layer]:
-    from compress.zoo_shapes import zoo_shapes
-    from hwsim.layer import random_layers
-
-    return random_layers(
-        zoo_shapes(name, batch), block, pruned, unified, seed, exempt_first_last=not all_layers
-    )
 
 
 def _print_report(report: Report) -> None:
@@ -123,14 +121,11 @@ def _print_report(report: Report) -> None:
 
 
 def _write_tables(report: Report, folder: Path) -> None:
-    import json
+    from hwsim.files import write_atomically
 
-    from compress.artifact import write_atomically
-
-    folder.mkdir(parents=True, exist_ok=True)
     for name in ("layers", "energy", "storage", "area"):
         write_atomically(folder / f"{name}.csv", getattr(report, name).to_csv(index=False).encode())
-    write_atomically(folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+    report.save(folder / "report.json")
 
 
 @click.command(

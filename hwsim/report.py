@@ -5,19 +5,27 @@ from __future__ import annotations
 import html
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hwsim.machine import Machine
+from hwsim.errors import FormatError, InputError, Problem
+from hwsim.files import write_atomically
+from hwsim.machine import Machine, parse_machine
 from hwsim.tables import time_text
 from hwsim.version import MODEL_VERSION
 
-__all__ = ["Report"]
+__all__ = ["Report", "load_report"]
+
+FORMAT = "hwsim-report"
+FORMAT_VERSION = 1
+_TABLES = ("layers", "energy", "storage", "area")
 
 _SUMMED = (
     "macs",
@@ -37,6 +45,16 @@ _SUMMED = (
     "energy_pj",
     "dense_energy_pj",
 )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    packages = ("hwsim", "numpy", "numba", "pandas")
+    return {
+        "model": MODEL_VERSION,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +79,11 @@ class Report:
     area : DataFrame
         Columns ``component, area_mm2``.
     warnings : tuple of str
+    versions : mapping
+        Of the model, of Python and of the packages that made the numbers.
+    origin : mapping
+        Where the layers came from, as JSON values by dotted name, if whoever made them has told: a file and its digest,
+        or a network with ratios and seed. `hwsim explain` builds the layers anew from it, `hwsim diff` compares it.
     """
 
     network: str
@@ -72,6 +95,8 @@ class Report:
     storage: pd.DataFrame
     area: pd.DataFrame
     warnings: tuple[str, ...]
+    versions: Mapping[str, str] = field(default_factory=lambda: dict(_versions()))
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -125,26 +150,34 @@ class Report:
 
     def provenance(self) -> dict[str, Any]:
         """The resolved configuration and the versions that made the numbers."""
-        packages = ("hwsim", "numpy", "numba", "pandas")
         return {
             "network": self.network,
+            "origin": dict(self.origin),
             "machine": json.loads(self.machine.to_json()),
-            "model_version": MODEL_VERSION,
-            "python": platform.python_version(),
-            "packages": {name: version(name) for name in packages},
+            "equal_area_machine": json.loads(self.equal_area_machine.to_json()),
+            "versions": dict(self.versions),
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON-able values."""
         return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
             "provenance": self.provenance(),
             "summary": {name: _plain(value) for name, value in self.summary.items()},
-            "layers": _records(self.layers),
-            "energy": _records(self.energy),
-            "storage": _records(self.storage),
-            "area": _records(self.area),
+            **{name: _records(getattr(self, name)) for name in _TABLES},
             "warnings": list(self.warnings),
         }
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as one JSON file, which `load_report` reads.
+
+        Raises
+        ------
+        InputError
+            The disk is full, or the folder cannot be written; nothing is left behind.
+        """
+        write_atomically(path, json.dumps(self.to_dict(), indent=1, allow_nan=False).encode())
 
     def __str__(self) -> str:
         s = self.summary
@@ -173,6 +206,67 @@ class Report:
         ]
         table = self.layers[columns].to_html(index=False, border=0, float_format="{:.4g}".format)
         return f"<pre>{html.escape(str(self))}</pre>{table}"
+
+
+def load_report(path: str | Path) -> Report:
+    """A report that `Report.save` (or `hwsim simulate --out`) wrote.
+
+    Raises
+    ------
+    InputError
+        There is no such file.
+    FormatError
+        It is not a report, is damaged, or is of a version that this program does not read.
+    """
+    source = str(path)
+    try:
+        data = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise InputError(source, f"cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise FormatError(source, f"not a JSON file: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        hint = "`hwsim simulate --out FOLDER` writes report.json"
+        raise FormatError(source, Problem("format", f'not a report, must be "{FORMAT}"', hint))
+    if data.get("format_version") != FORMAT_VERSION:
+        found = f"found {data.get('format_version')!r}, this program reads {FORMAT_VERSION}"
+        raise FormatError(source, Problem("format_version", found, "simulate again"))
+    try:
+        provenance = data["provenance"]
+        report = Report(
+            network=str(provenance["network"]),
+            machine=parse_machine(provenance["machine"], source),
+            equal_area_machine=parse_machine(provenance["equal_area_machine"], source),
+            summary={name: _number(value) for name, value in data["summary"].items()},
+            layers=_frame(data["layers"]),
+            energy=_frame(data["energy"]),
+            storage=_frame(data["storage"]),
+            area=_frame(data["area"]),
+            warnings=tuple(map(str, data["warnings"])),
+            versions=dict(provenance["versions"]),
+            origin=dict(provenance["origin"]),
+        )
+        total, of_layers = report.summary["latency_cycles"], report.layers["latency_cycles"].sum()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise FormatError(source, error.problems) from None
+        raise FormatError(source, Problem("", f"damaged: {error!r}", "simulate again")) from None
+    if total != of_layers:
+        damage = f"{total} in the summary, the layers have {of_layers}"
+        raise FormatError(source, Problem("latency_cycles", damage, "the file was changed; simulate again"))
+    return report
+
+
+def _number(value: Any) -> Any:
+    return float("nan") if value is None else value
+
+
+def _frame(records: Any) -> pd.DataFrame:
+    """A table as it was: what JSON cannot hold came as null."""
+    frame = pd.DataFrame([{name: _number(value) for name, value in record.items()} for record in records])
+    if frame.empty:
+        raise ValueError("an empty table")
+    return frame
 
 
 def _plain(value: Any) -> Any:

@@ -34,7 +34,7 @@ from hwsim.oracle import COUNTERS
 from hwsim.report import Report
 from hwsim.technology import Technology, load_technology
 
-__all__ = ["LayerRun", "layer_accumulator_bits", "pass_counters", "run_layer", "simulate"]
+__all__ = ["LayerRun", "latency_parts", "layer_accumulator_bits", "pass_counters", "run_layer", "simulate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,7 +320,7 @@ def _layer_row(run: LayerRun, machine: Machine) -> dict[str, Any]:
     codes = count_types(np.require(run.layer.types, np.uint8, ("C", "W"))).sum(axis=(0, 1)).tolist()
     parts = run.sizes.part_bytes
     image_bytes = sum(parts.values())
-    stalls = _attribution(mapping)
+    stalls = latency_parts(mapping)
     seconds = latency / (machine.clock_mhz * 1e6)
     classes = {f"{name}_row_cycles": run.totals[name] for name in COUNTERS[7:]}
     peak, demand = _peak_bandwidth(mapping, machine)
@@ -371,7 +371,7 @@ def layer_accumulator_bits(layer: Layer, activation_bits: int) -> int | None:
     return accumulator_bits_needed(rows, activation_bits)
 
 
-def _attribution(mapping: Mapping) -> dict[str, int]:
+def latency_parts(mapping: Mapping) -> dict[str, int]:
     """Cycles of the latency by what bounds them; they sum to the latency.
 
     A step in which the channel takes longer than the passes gives the difference to the class that it spends most cycles on.

@@ -170,7 +170,7 @@ def test_a_preset_a_file_and_a_machine_are_the_same(
 
 def test_report_as_json_and_text(report: Report) -> None:
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert data["provenance"]["model_version"] == MODEL_VERSION
+    assert data["provenance"]["versions"]["model"] == MODEL_VERSION
     assert data["provenance"]["machine"]["array"]["rows"] == 16
     assert len(data["layers"]) == 4
     text = str(report)

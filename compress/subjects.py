@@ -1,0 +1,154 @@
+"""What a command is asked about: a compressed file, a network of the zoo, or the report of either, with its machine.
+
+The origin of a subject goes into its report, so that `hwsim explain` can build the layers anew and `hwsim diff` can say what
+differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.layer import Layer, random_layers
+from hwsim.machine import Machine
+
+if TYPE_CHECKING:
+    from hwsim.report import Report
+
+__all__ = ["RandomMap", "Subject", "file_subject", "load_subject", "network_subject", "report_subject"]
+
+
+@dataclass(frozen=True)
+class RandomMap:
+    """How the layers of a network by name get their block maps.
+
+    Attributes
+    ----------
+    block : tuple of int or None
+        None for the machine's native block.
+    pruned, unified : float
+    all_layers : bool
+        Whether the first and the last layer are compressed too.
+    seed : int
+    """
+
+    block: tuple[int, int] | None = None
+    pruned: float = 0.5
+    unified: float = 0.5
+    all_layers: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Layers with the machine that they run on.
+
+    Attributes
+    ----------
+    network : str
+    machine : Machine
+    layers : list of Layer
+    origin : dict
+        Where the layers came from, as JSON values; ``kind`` is "file", "random", or "point" (of a sweep).
+    """
+
+    network: str
+    machine: Machine
+    layers: list[Layer]
+    origin: dict[str, Any]
+
+    def simulate(self) -> Report:
+        """The report, with the origin in it."""
+        from hwsim.simulator import simulate
+
+        return replace(simulate(self.machine, self.layers, network=self.network), origin=self.origin)
+
+
+def load_subject(model: str, machine: Machine, random_map: RandomMap, batch: int = 1) -> Subject:
+    """A compressed file by its path, or a network of the zoo by its name.
+
+    Raises
+    ------
+    InputError
+        There is neither, or the file is damaged.
+    """
+    if Path(model).suffix == ".safetensors" or Path(model).exists():
+        return file_subject(model, machine, batch)
+    return network_subject(model, machine, random_map, batch)
+
+
+def network_subject(network: str, machine: Machine, random_map: RandomMap, batch: int = 1) -> Subject:
+    """A network of the zoo with seeded random block maps of exact ratios."""
+    from compress.zoo_shapes import zoo_shapes
+
+    block = random_map.block or machine.array.block
+    layers = random_layers(
+        zoo_shapes(network, batch),
+        block,
+        random_map.pruned,
+        random_map.unified,
+        random_map.seed,
+        exempt_first_last=not random_map.all_layers,
+    )
+    origin = {
+        "kind": "random",
+        "block": f"{block[0]}x{block[1]}",
+        "pruned": random_map.pruned,
+        "unified": random_map.unified,
+        "all_layers": random_map.all_layers,
+        "seed": random_map.seed,
+        "batch": batch,
+    }
+    return Subject(network, machine, layers, origin)
+
+
+def file_subject(path: str | Path, machine: Machine, batch: int = 1) -> Subject:
+    """The layers of a compressed file."""
+    from compress.artifact import load_artifact
+
+    artifact = load_artifact(path)
+    origin = {
+        "kind": "file",
+        "file": str(path),
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "batch": batch,
+        "training_seed": artifact.seed,
+        **{f"compression.{name}": value for name, value in artifact.recipe.get("config", {}).items()},
+        **{name: value for name, value in artifact.results.items() if name.startswith("accuracy_")},
+    }
+    return Subject(Path(path).name, machine, artifact.layers(batch), origin)
+
+
+def report_subject(report: Report, source: str) -> Subject:
+    """The layers that a report was made of, from its origin.
+
+    Raises
+    ------
+    InputError
+        The report does not say where its layers came from, or the file is not there any more or has changed.
+    """
+    origin: Mapping[str, Any] = report.origin
+    kind = origin.get("kind")
+    hint = "explain the network, the file or the point itself"
+    if kind == "random":
+        names = ("block", "pruned", "unified", "all_layers", "seed", "batch")
+        if missing := [name for name in names if name not in origin]:
+            raise InputError(source, [Problem(f"origin.{name}", "missing", hint) for name in missing])
+        g_o, g_k = (int(size) for size in str(origin["block"]).split("x"))
+        random_map = RandomMap(
+            (g_o, g_k), origin["pruned"], origin["unified"], origin["all_layers"], origin["seed"]
+        )
+        return network_subject(report.network, report.machine, random_map, origin["batch"])
+    if kind == "file":
+        subject = file_subject(str(origin.get("file")), report.machine, int(origin.get("batch", 1)))
+        if subject.origin["sha256"] != origin.get("sha256"):
+            raise InputError(source, Problem("origin.file", f"{origin.get('file')} has changed since", hint))
+        return subject
+    allowed = nearest_name(str(kind), ("random", "file"))
+    raise InputError(
+        source, Problem("origin.kind", f"found {kind!r}: the layers cannot be built anew ({allowed})", hint)
+    )
