@@ -111,13 +111,17 @@ def file_subject(path: str | Path, machine: Machine, batch: int = 1) -> Subject:
     from compress.artifact import load_artifact
 
     artifact = load_artifact(path)
+    config = dict(artifact.recipe.get("config", {}))
+    block = config.pop("block", None)
     origin = {
         "kind": "file",
         "file": str(path),
         "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        **({"block": f"{block[0]}x{block[1]}"} if block else {}),
+        **{name: config.pop(name) for name in ("pruned", "unified") if name in config},
+        "seed": artifact.seed,
         "batch": batch,
-        "training_seed": artifact.seed,
-        **{f"compression.{name}": value for name, value in artifact.recipe.get("config", {}).items()},
+        **{f"compression.{name}": value for name, value in config.items()},
         **{name: value for name, value in artifact.results.items() if name.startswith("accuracy_")},
     }
     return Subject(Path(path).name, machine, artifact.layers(batch), origin)

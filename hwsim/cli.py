@@ -33,6 +33,8 @@ _COMMANDS = {
     ),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
+    "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),
+    "diff": ("sweeps.cli_answers:diff", "What changed between two results or machines, per layer."),
     "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),
     "report": ("sweeps.cli:report", "One HTML page of the results of a sweep."),
 }

@@ -69,7 +69,10 @@ class Difference:
         if self.configuration.empty:
             blocks.append("The configuration is the same.")
         else:
-            blocks.append(format_table(self.configuration.astype(str).to_dict("records")))
+            rows = self.configuration.to_dict("records")
+            blocks.append(
+                format_table([{str(name): _cell(value) for name, value in row.items()} for row in rows])
+            )
         if len(self.totals):
             blocks.append(format_table(self._total_rows()))
         changed = self._layer_rows()
@@ -206,6 +209,12 @@ def _layers(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     columns["bound_before"] = a["bound"].fillna("–").to_numpy()
     columns["bound_after"] = b["bound"].fillna("–").to_numpy()
     return pd.DataFrame(columns)
+
+
+def _cell(value: Any) -> str:
+    """A value in at most 32 characters: of a digest or a path the two ends tell most."""
+    text = str(value)
+    return text if len(text) <= 32 else f"{text[:12]}…{text[-19:]}"
 
 
 def _text(value: Any) -> str:
