@@ -35,7 +35,10 @@ _COMMANDS = {
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),
     "diff": ("sweeps.cli_answers:diff", "What changed between two results or machines, per layer."),
-    "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),
+    "figures": (
+        "sweeps.cli:figures",
+        "Paper plots of the results of a sweep: PDF, PNG, and their data as CSV.",
+    ),
     "report": ("sweeps.cli:report", "One HTML page of the results of a sweep."),
 }
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sweeps.space import Space
     from sweeps.store import ResultStore
 
-__all__ = ["demo", "plot", "report", "sweep"]
+__all__ = ["demo", "figures", "report", "sweep"]
 
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -38,11 +38,15 @@ def sweep(space: Path, out: Path | None, workers: int | None) -> None:
     click.echo(f"results   {folder}")
 
 
-@click.command(epilog="Example: hwsim plot results/space --out figures")
+@click.command(epilog="Example: hwsim figures results/space --out figures")
 @click.argument("results", type=_FOLDER)
 @click.option("--out", type=_FOLDER, help="Folder of the figures; by default RESULTS/figures.")
-def plot(results: Path, out: Path | None) -> None:
-    """Paper plots of a results folder: PNG, PDF, and the data of each as CSV."""
+def figures(results: Path, out: Path | None) -> None:
+    """Paper plots of a results folder: PNG, PDF, and the data of each as CSV.
+
+    Block shape against speed-up and bandwidth, accuracy against ratio and compression, storage by stream, energy by
+    component, roofline, Pareto fronts; all in one style, one or two columns of a paper wide.
+    """
     from sweeps.store import ResultStore
 
     folder = out or results / "figures"
@@ -166,40 +170,10 @@ def _existing(results: Path) -> Path:
 
 
 def _plots(store: ResultStore) -> list[Plot]:
-    """Every figure that the results have the columns for."""
-    from sweeps import figures
+    from sweeps.figures import paper_figures
+    from sweeps.store import TABLES
 
-    points = store.to_frame()
-    done = points[points["error"].isna()]
-    plots = [figures.speedup_plot(done), figures.bandwidth_plot(done)]
-    trained = done[done["accuracy_integer"].notna()]
-    if len(trained):
-        plots.append(figures.accuracy_plot(trained))
-        plots.append(figures.pareto_plot(trained))
-    plots.append(figures.storage_plot(done, store.to_frame("storage")))
-    plots.append(figures.energy_plot(done, store.to_frame("energy")))
-    best = _shown_point(done)
-    layers = store.to_frame("layers")
-    roofs = {"dense": float(best["peak_gmac_per_s"])}
-    plots.append(
-        figures.roofline_plot(
-            layers[layers["key"] == best["key"]],
-            clock_mhz=float(best["clock_mhz"]),
-            peak_gmac_per_s=roofs,
-            dram_gb_per_s=float(best["dram_gb_per_s"]),
-        )
-    )
-    return plots
-
-
-def _shown_point(points: pd.DataFrame) -> pd.Series:
-    """The point whose layers are drawn: the fastest within one point of the dense accuracy, else the fastest."""
-    from sweeps.summary import CLOSE_POINTS
-
-    loss = 100 * (points["accuracy_dense_float"] - points["accuracy_integer"])
-    close = points[loss <= CLOSE_POINTS]
-    chosen = close if len(close) else points
-    return chosen.iloc[int(chosen["latency_ms"].argmin())]
+    return paper_figures({name: store.to_frame(name) for name in TABLES})
 
 
 def _save_plots(plots: list[Plot], folder: Path) -> list[Path]:

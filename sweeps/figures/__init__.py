@@ -5,15 +5,18 @@ Every function returns a `Plot`; `save_plot` writes it as PNG, PDF and CSV.
 
 from sweeps.figures.bars import energy_plot, storage_plot
 from sweeps.figures.base import Plot, save_plot, to_svg
-from sweeps.figures.dots import accuracy_plot, bandwidth_plot, speedup_plot
+from sweeps.figures.dots import accuracy_plot, bandwidth_plot, ratio_plot, speedup_plot
 from sweeps.figures.fronts import pareto_plot, roofline_plot
+from sweeps.figures.paper import paper_figures
 
 __all__ = [
     "Plot",
     "accuracy_plot",
     "bandwidth_plot",
     "energy_plot",
+    "paper_figures",
     "pareto_plot",
+    "ratio_plot",
     "roofline_plot",
     "save_plot",
     "speedup_plot",

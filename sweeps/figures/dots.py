@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_plot", "bandwidth_plot", "speedup_plot"]
+__all__ = ["accuracy_plot", "bandwidth_plot", "ratio_plot", "speedup_plot"]
 
 _MOST_DOTS_ABREAST = 36
+_DASHES = ("-", "--", "-.", (0, (1, 1)))
 
 
 def speedup_plot(points: pd.DataFrame) -> Plot:
@@ -110,6 +111,47 @@ def accuracy_plot(points: pd.DataFrame) -> Plot:
         "per block shape. Filled: the float model. Hollow: the integer model, as the machine computes it."
     )
     return Plot("accuracy", "Accuracy against compression", caption, figure, data)
+
+
+def ratio_plot(points: pd.DataFrame) -> Plot:
+    """Accuracy of the integer model against the ratios: a line per block shape, a dash per share left dense.
+
+    Input and errors as `speedup_plot`.
+    """
+    accuracies = ["accuracy_integer", "accuracy_dense_float"]
+    data = over_seeds(points, WEIGHTS, accuracies)
+    check_fractions(data, accuracies)
+    data = data.assign(dense=(1 - data["pruned"] - data["unified"]).round(9))
+    shares = sorted(data["dense"].unique())
+    dashes = {share: _DASHES[i % len(_DASHES)] for i, share in enumerate(shares)}
+    with style():
+        figure = new_figure(COLUMN_INCHES, 2.9)
+        axes = figure.subplots()
+        axes.axhline(100 * data["accuracy_dense_float"].mean(), color=NEUTRAL, linestyle=":", zorder=1)
+        handles = []
+        for i, (block, group) in enumerate(by_block(data)):
+            marker, color = marker_and_color(i)
+            handles.append(line_handle(block_text(block), color=color, marker=marker))
+            for share, part in group.groupby("dense"):
+                x, y = 100 * part["pruned"], 100 * part["accuracy_integer"]
+                axes.plot(x, y, marker=marker, color=color, linestyle=dashes[share])
+                low, high = 100 * part["accuracy_integer_min"], 100 * part["accuracy_integer_max"]
+                axes.vlines(x, low, high, color=color, linewidth=0.8)
+        axes.set_xlabel("Share of the blocks that is pruned, p (%)")
+        axes.set_ylabel("Top-1 accuracy, 8-bit integer (%)")
+        axes.grid(True)
+        add_legend(figure, "outside upper center", handles, columns=5)
+        below = [
+            line_handle(f"{100 * share:g} % left dense", color="black", linestyle=dashes[share])
+            for share in shares[: len(_DASHES)]
+        ]
+        below.append(line_handle("uncompressed, float", color=NEUTRAL, linestyle=":"))
+        add_legend(figure, "outside lower center", below, columns=2)
+    caption = (
+        "Top-1 accuracy of the 8-bit integer model against the share of pruned blocks; what is neither pruned nor left "
+        "dense is unified. A line per block shape."
+    )
+    return Plot("ratio", "Accuracy against ratio", caption, figure, data)
 
 
 def _accuracy_lines(axes: Axes, index: int, block: str, group: pd.DataFrame) -> Artist:

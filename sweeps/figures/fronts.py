@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -111,37 +112,61 @@ def _draw_roofs(
     return roofs
 
 
-def pareto_plot(points: pd.DataFrame) -> Plot:
-    """Accuracy of the integer model against latency, with the Pareto front and its knee; means over seeds.
+@dataclass(frozen=True)
+class _Objective:
+    """What a front may weigh latency against: its axis, its factor, and whether more is better."""
+
+    label: str
+    scale: float
+    more_is_better: bool
+    title: str
+
+
+_OBJECTIVES = {
+    "accuracy_integer": _Objective("Top-1 accuracy, 8-bit integer (%)", 100, True, "Accuracy"),
+    "energy_pj": _Objective("Energy per inference (µJ)", 1e-6, False, "Energy"),
+    "area_mm2": _Objective("Area (mm²)", 1, False, "Area"),
+}
+
+
+def pareto_plot(
+    points: pd.DataFrame, against: Literal["accuracy_integer", "energy_pj", "area_mm2"] = "accuracy_integer"
+) -> Plot:
+    """Accuracy of the integer model (or energy, or area) against latency, with the Pareto front and its knee.
 
     Parameters
     ----------
     points : DataFrame
-        The ``points`` of one network, on any machines.
+        The ``points`` of one network, on any machines; of several seeds the mean.
+    against : {"accuracy_integer", "energy_pj", "area_mm2"}
 
     Raises
     ------
     InputError
         A column or value is missing, there are no points, or they are of several networks.
     """
-    objectives = ["latency_ms", "accuracy_integer"]
-    valid = with_result(points, ["network", "machine", "seed", *CONFIGURATION, *objectives])
-    check_fractions(valid, ["accuracy_integer"])
+    objective = _OBJECTIVES[against]
+    valid = with_result(points, ["network", "machine", "seed", *CONFIGURATION, "latency_ms", against])
+    if against == "accuracy_integer":
+        check_fractions(valid, [against])
     check_one(valid, ["network"])
-    data = configuration_means(points.loc[valid.index], objectives)
-    front = pareto_front(data, minimise=["latency_ms"], maximise=["accuracy_integer"]).sort_values(
-        "latency_ms"
+    data = configuration_means(points.loc[valid.index], ["latency_ms", against])
+    goals: dict[str, list[str]] = (
+        {"minimise": ["latency_ms"], "maximise": [against]}
+        if objective.more_is_better
+        else {"minimise": ["latency_ms", against]}
     )
-    knee = knee_point(data, minimise=["latency_ms"], maximise=["accuracy_integer"])
+    front = pareto_front(data, **goals).sort_values("latency_ms")
+    knee = knee_point(data, **goals)
     data = data.assign(on_front=data.index.isin(front.index), is_knee=data.index == knee.name)
     scale, unit = best_unit(data["latency_ms"].max(), {1e3: "s", 1: "ms", 1e-3: "µs"})
-    x, y = front["latency_ms"].to_numpy() / scale, 100 * front["accuracy_integer"].to_numpy()
+    x, y = front["latency_ms"].to_numpy() / scale, objective.scale * front[against].to_numpy()
     with style():
         figure = new_figure(COLUMN_INCHES, 2.9)
         axes = figure.subplots()
         for i, (block, group) in enumerate(by_block(data)):
             marker, color = marker_and_color(i)
-            place = group["latency_ms"] / scale, 100 * group["accuracy_integer"]
+            place = group["latency_ms"] / scale, objective.scale * group[against]
             raster = len(data) > RASTER_ABOVE
             axes.plot(*place, marker=marker, color=color, label=block_text(block), rasterized=raster, **DOT)
         axes.step(x, y, where="post", color="black", linewidth=0.8, zorder=1.5, label="front")
@@ -152,25 +177,29 @@ def pareto_plot(points: pd.DataFrame) -> Plot:
             "linestyle": "none",
         }
         axes.plot(
-            knee["latency_ms"] / scale, 100 * knee["accuracy_integer"], marker="o", label="knee", **ring
+            knee["latency_ms"] / scale, objective.scale * knee[against], marker="o", label="knee", **ring
         )
         if data["latency_ms"].max() > 5 * data["latency_ms"].min():
             axes.set_xscale("log")
             plain_log_ticks(axes.xaxis)
         axes.margins(0.1)
         axes.set_xlabel(f"Latency ({unit})")
-        axes.set_ylabel("Top-1 accuracy, 8-bit integer (%)")
+        axes.set_ylabel(objective.label)
         axes.grid(True)
         add_legend(figure, "outside upper center", axes.get_legend_handles_labels()[0], columns=4)
         labels = [f"p {row.pruned:g}, u {row.unified:g}" for row in front.itertuples()]
-        cloud = data["latency_ms"].to_numpy() / scale, 100 * data["accuracy_integer"].to_numpy()
-        steps = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
-        label_points(axes, x, y, labels, avoid=[cloud, _filled(*steps)])
-    caption = (
-        "Accuracy of the integer model against latency. No point is both faster and more accurate than one on the "
-        "front; its knee is circled."
+        if len(set(labels)) > 1 or len(front) == 1:  # else it is the machine that moves along the front
+            cloud = data["latency_ms"].to_numpy() / scale, objective.scale * data[against].to_numpy()
+            steps = np.repeat(x, 2)[1:], np.repeat(y, 2)[:-1]
+            label_points(axes, x, y, labels, avoid=[cloud, _filled(*steps)])
+    what, better = (
+        ("Accuracy of the integer model", "more accurate")
+        if objective.more_is_better
+        else (objective.title, "lower")
     )
-    return Plot("pareto", "Accuracy against latency", caption, figure, data)
+    caption = f"{what} against latency. No point is both faster and {better} than one on the front; its knee is circled."
+    name = "pareto" if against == "accuracy_integer" else f"pareto-{objective.title.lower()}"
+    return Plot(name, f"{objective.title} against latency", caption, figure, data)
 
 
 def _filled(

@@ -22,6 +22,7 @@ from sweeps.figures import (
     bandwidth_plot,
     energy_plot,
     pareto_plot,
+    ratio_plot,
     roofline_plot,
     save_plot,
     speedup_plot,
@@ -45,11 +46,13 @@ def roofline_of_first(tables: dict[str, pd.DataFrame]) -> Plot:
 PLOTS: dict[str, Callable[[dict[str, pd.DataFrame]], Plot]] = {
     "speedup": lambda tables: speedup_plot(tables["points"]),
     "bandwidth": lambda tables: bandwidth_plot(tables["points"]),
+    "ratio": lambda tables: ratio_plot(tables["points"]),
     "accuracy": lambda tables: accuracy_plot(tables["points"]),
     "storage": lambda tables: storage_plot(tables["points"], tables["storage"]),
     "energy": lambda tables: energy_plot(tables["points"], tables["energy"]),
     "roofline": roofline_of_first,
     "pareto": lambda tables: pareto_plot(tables["points"]),
+    "pareto-energy": lambda tables: pareto_plot(tables["points"], "energy_pj"),
 }
 SPACES = {
     "one": {"blocks": ["4x4"], "ratios": [(0.5, 0.5)], "holds": ["area"], "seeds": [0]},
