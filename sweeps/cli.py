@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hwsim.explain import Explanation
     from sweeps.figures import Plot
     from sweeps.runner import SweepProgress
     from sweeps.space import Space
@@ -54,18 +55,25 @@ def figures(results: Path, out: Path | None) -> None:
         click.echo(path)
 
 
-@click.command(epilog="Example: hwsim report results/space --out report.html")
+@click.command(epilog="Example: hwsim report results/space --out report.html --point knee --point 3fa2c1")
 @click.argument("results", type=_FOLDER)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), help="By default RESULTS/report.html."
 )
-def report(results: Path, out: Path | None) -> None:
-    """One self-contained HTML page of a results folder."""
+@click.option(
+    "--point",
+    "chosen",
+    multiple=True,
+    help="Show this point layer by layer too: best, fastest, smallest, knee, or the beginning of a key; repeat it.",
+)
+@click.option("--pages", is_flag=True, help="Also a page for every point, in a folder beside the report.")
+def report(results: Path, out: Path | None, chosen: tuple[str, ...], pages: bool) -> None:
+    """One self-contained HTML page of a results folder: summary, interactive plot, tables, layers of the front."""
     from sweeps.store import ResultStore
 
     store = ResultStore(_existing(results))
     path = out or results / "report.html"
-    _write_report(store, _plots(store), path)
+    _write_report(store, path, chosen, with_pages=pages)
     click.echo(path)
 
 
@@ -99,9 +107,8 @@ def demo(out: Path | None, quick: bool, workers: int | None) -> None:
     points = store.to_frame()
     table = points.drop(columns=[column for column in points if points[column].isna().all()])
     write_atomically(out / "points.csv", table.to_csv(index=False).encode())
-    plots = _plots(store)
-    _save_plots(plots, out / "figures")
-    _write_report(store, plots, out / "report.html")
+    _save_plots(_plots(store), out / "figures")
+    _write_report(store, out / "report.html")
     click.echo(_table(points))
     for sentence in summarise(points):
         click.echo(sentence)
@@ -183,15 +190,42 @@ def _save_plots(plots: list[Plot], folder: Path) -> list[Path]:
     return [path for drawn in plots for path in save_plot(drawn, folder).values()]
 
 
-def _write_report(store: ResultStore, plots: list[Plot], path: Path) -> None:
+def _write_report(
+    store: ResultStore, path: Path, chosen: tuple[str, ...] = (), *, with_pages: bool = False
+) -> None:
     from hwsim.assumptions import ASSUMPTIONS
+    from sweeps.figures import paper_figures
     from sweeps.html import write_report
+    from sweeps.points import choose_point
+    from sweeps.store import TABLES
 
     runs = store.manifest()
-    title = f"hwsim: {runs['runs'][-1]['configuration']['name']}"
+    tables = {name: store.to_frame(name) for name in TABLES}
+    points = tables["points"]
     write_report(
-        path, title=title, points=store.to_frame(), plots=plots, manifest=runs, assumptions=ASSUMPTIONS
+        path,
+        title=f"hwsim: {runs['runs'][-1]['configuration']['name']}" if runs["runs"] else "hwsim",
+        tables=tables,
+        plots=paper_figures(tables) if points["error"].isna().any() else [],
+        manifest=runs,
+        assumptions=ASSUMPTIONS,
+        selected=[str(choose_point(points, choice)["key"]) for choice in chosen],
+        explain=lambda row: _explanation(store, row),
+        with_pages=with_pages,
     )
+
+
+def _explanation(store: ResultStore, row: pd.Series) -> Explanation | None:
+    """Where the cycles of a point went; None where it cannot be simulated again (its weights are gone)."""
+    from hwsim.errors import HwsimError
+    from hwsim.explain import explain
+    from sweeps.points import point_subject
+
+    try:
+        subject = point_subject(store, row)
+        return explain(subject.machine, subject.layers, network=subject.network)
+    except HwsimError:
+        return None
 
 
 def _table(points: pd.DataFrame) -> str:

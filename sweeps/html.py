@@ -4,111 +4,109 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from hwsim.errors import InputError, Problem
 from hwsim.files import write_atomically
-from sweeps.figures import Plot, to_svg
-from sweeps.pareto import knee_point, pareto_front
-from sweeps.summary import configuration_means, identity_columns, summarise
+from sweeps.figures import Plot, to_image
+from sweeps.html_data import MARKS, front_goals, front_marks, payload, text_of, varying
+from sweeps.html_details import Detail, point_detail
+from sweeps.summary import summarise
 
-__all__ = ["MOST_ROWS", "render_report", "write_report"]
+if TYPE_CHECKING:
+    from hwsim.explain import Explanation
 
-MOST_ROWS = 2000
-"""Rows of the table; beyond it the page gets slow, and the Parquet files are the better place to look."""
+__all__ = ["MOST_DETAILS", "PAGE_ROWS", "render_report", "write_report"]
 
+MOST_DETAILS = 40
+"""Points of the front that the page shows at length; of a longer front evenly many along it."""
+MOST_EXPLAINED = 12
+"""Points whose cycles are accounted for: that takes a simulation per change tried."""
+PAGE_ROWS = 100
+"""Rows of the table at a time."""
 
-@dataclass(frozen=True)
-class _Column:
-    """A column of the page's table: source, head, and what a value is multiplied by and formatted with."""
-
-    name: str
-    head: str
-    scale: float = 1.0
-    format: str = "{:.3g}"
-
-
-_NAMED = (
-    _Column("network", "network"),
-    _Column("machine", "machine"),
-    _Column("block", "block"),
-    _Column("pruned", "p", format="{:g}"),
-    _Column("unified", "u", format="{:g}"),
-    _Column("hold", "fixed"),
-    _Column("seed", "seed", format="{:.0f}"),
-)
-_MEASURED = (
-    _Column("accuracy_float", "accuracy, float (%)", 100, "{:.2f}"),
-    _Column("accuracy_integer", "accuracy, integer (%)", 100, "{:.2f}"),
-    _Column("latency_ms", "latency (ms)", format="{:.4g}"),
-    _Column("speedup_compute_only", "speed-up, compute only", format="{:.2f}"),
-    _Column("speedup_with_memory", "speed-up, with memory", format="{:.2f}"),
-    _Column("speedup_equal_area", "speed-up, equal area", format="{:.2f}"),
-    _Column("energy_pj", "energy (µJ)", 1e-6, "{:.4g}"),
-    _Column("image_bytes", "image (KiB)", 1 / 1024, "{:.1f}"),
-    _Column("file_bytes", "file (KiB)", 1 / 1024, "{:.1f}"),
-    _Column("bits_per_weight", "bits per weight", format="{:.3f}"),
-    _Column("compression_vs_fp32", "smaller than fp32 (×)", format="{:.1f}"),
-    _Column("average_bandwidth_gb_per_s", "DRAM, average (GB/s)"),
-    _Column("peak_bandwidth_gb_per_s", "DRAM, peak (GB/s)"),
-    _Column("peak_demand_gb_per_s", "DRAM, demand (GB/s)"),
-    _Column("area_mm2", "area (mm²)"),
-)
+Explain = Callable[[pd.Series], "Explanation | None"]
 
 
 def render_report(
     *,
     title: str,
-    points: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
     plots: Sequence[Plot],
     manifest: Mapping[str, Any],
     assumptions: str,
+    selected: Collection[str] = (),
+    explain: Explain | None = None,
+    pages: str = "",
 ) -> str:
     """The page as HTML.
 
     Parameters
     ----------
     title : str
-    points : DataFrame
-        The ``points`` table of a result store.
+    tables : mapping
+        ``points``, ``layers``, ``energy`` and ``storage`` of a result store.
     plots : sequence of Plot
     manifest : mapping
         Of the result store: its runs with resolved configuration and versions.
     assumptions : str
         The text on what the model takes for granted.
+    selected : collection of str
+        Keys of points to show at length, beside those of the front and the extremes.
+    explain : callable, optional
+        From a row of ``points`` to where its cycles went, or None.
+    pages : str
+        Folder, relative to the page, with a page of every other point (`write_report`); "" for none.
 
     Raises
     ------
     InputError
         A column is missing, or there are no points.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+    points = tables["points"]
     if points.empty:
         raise InputError("points", Problem("", "no points, there is nothing to report"))
     sentences = summarise(points)
     failed = points[points["error"].notna()] if "error" in points else points.iloc[:0]
     done = points.drop(failed.index)
-    environment = Environment(
-        loader=PackageLoader("sweeps"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    table: dict[str, Any] = {"heads": [], "rows": [], "count": 0, "data": "{}"}
+    details: list[Detail] = []
+    constants: list[tuple[str, str]] = []
+    front_text = ""
+    if len(done):
+        _, front_text = front_goals(done)
+        done = done.assign(mark=front_marks(done)).sort_values(["mark", "latency_ms"], kind="stable")
+        columns, same = varying(done)
+        constants = [(column.head, text_of(done[column.name].iloc[0], column)) for column in same]
+        keys = dict(zip(done["key"], _short_keys(done["key"]), strict=True))
+        details = _details(done, tables, keys, selected, explain)
+        links = _links(keys, details, pages)
+        rows = [
+            (MARKS[row["mark"]], keys[row["key"]], [text_of(row[c.name], c) for c in columns])
+            for row in done.head(PAGE_ROWS).to_dict("records")
+        ]
+        table = {
+            "heads": [column.head for column in columns],
+            "rows": rows,
+            "count": len(done),
+            "data": payload(done, columns, list(keys.values()), links),
+        }
+    return _template("report.html").render(
         title=title,
         sentences=sentences,
-        constants=_constants(done),
-        table=_table(done),
-        point_count=len(done),
-        failed=[(_name(row), row["error"]) for _, row in failed.iterrows()],
-        figures=[(plot, base64.b64encode(to_svg(plot)).decode()) for plot in plots],
+        constants=constants,
+        table=table,
+        page_rows=PAGE_ROWS,
+        front_text=front_text,
+        details=details,
+        front_count=int((done["mark"] < MARKS.index("")).sum()) if len(done) else 0,
+        failed=[(_name(row), row["error"]) for row in failed.to_dict("records")],
+        figures=[(plot, _embedded(plot)) for plot in plots],
         runs=[
             (run["started"], json.dumps(run["configuration"], indent=2, ensure_ascii=False), run["versions"])
             for run in manifest["runs"]
@@ -117,86 +115,116 @@ def render_report(
     )
 
 
-def write_report(path: str | Path, **content: Any) -> Path:
+def write_report(path: str | Path, *, with_pages: bool = False, **content: Any) -> Path:
     """Write the page of `render_report` (same arguments); a crash leaves the old page or the whole new one.
+
+    Parameters
+    ----------
+    path : path
+    with_pages : bool
+        Also a page for every point, in a folder beside the page that is named after it.
 
     Raises
     ------
     InputError
-        As `render_report`.
-    HwsimError
-        The disk is full or the folder cannot be written.
+        As `render_report`; the disk is full or the folder cannot be written.
     """
-    write_atomically(Path(path), render_report(**content).encode())
-    return Path(path)
+    path = Path(path)
+    if with_pages:
+        folder = f"{path.stem}-points"
+        content["pages"] = folder
+        _write_pages(path.parent / folder, path.name, content["title"], content["tables"])
+    write_atomically(path, render_report(**content).encode())
+    return path
 
 
-def _columns(points: pd.DataFrame) -> list[_Column]:
-    named = {column.name for column in _NAMED} | {"block_rows", "block_columns"}
-    others = [_Column(name, name, format="{:g}") for name in identity_columns(points) if name not in named]
-    return [column for column in (*_NAMED, *others, *_MEASURED) if column.name in points]
+def _write_pages(folder: Path, back: str, title: str, tables: Mapping[str, pd.DataFrame]) -> None:
+    points = tables["points"]
+    done = points[points["error"].isna()] if "error" in points else points
+    columns, _ = varying(done)
+    marks = front_marks(done)
+    parts = {name: _by_key(tables[name]) for name in ("layers", "energy", "storage")}
+    template = _template("point.html")
+    rows = done.assign(mark=marks).iterrows()
+    for (_, row), key in zip(rows, _short_keys(done["key"]), strict=True):
+        own = {name: groups[row["key"]] for name, groups in parts.items()}
+        detail = point_detail(row, own, columns, key=key, mark=MARKS[row["mark"]])
+        text = template.render(title=title, point=detail, back=back)
+        write_atomically(folder / f"{key}.html", text.encode())
 
 
-def _is_constant(points: pd.DataFrame, column: _Column) -> bool:
-    return column not in _MEASURED and points[column.name].nunique(dropna=False) == 1
+def _embedded(plot: Plot) -> str:
+    kind, content = to_image(plot)
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _constants(points: pd.DataFrame) -> list[tuple[str, str]]:
-    """What is the same in every row: told once, above the table."""
-    constant = [column for column in _columns(points) if _is_constant(points, column)]
-    return [(column.head, _text(points[column.name].iloc[0], column)) for column in constant]
+def _template(name: str) -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("sweeps"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
-def _table(points: pd.DataFrame) -> dict[str, Any]:
-    """Heads, and rows of a mark (on the front, or its knee) and of ``(text, value to sort by)``."""
-    columns = [
-        column
-        for column in _columns(points)
-        if not _is_constant(points, column) and points[column.name].notna().any()
-    ]
-    marked = points.assign(mark=_marks(points)).sort_values(["mark", "latency_ms"], kind="stable")
-    rows = [
-        (
-            _MARKS[row["mark"]],
-            [(_text(row[column.name], column), _sort_value(row[column.name])) for column in columns],
+def _details(
+    done: pd.DataFrame,
+    tables: Mapping[str, pd.DataFrame],
+    keys: Mapping[str, str],
+    selected: Collection[str],
+    explain: Explain | None,
+) -> list[Detail]:
+    """The extremes, the front (thinned where it is long) and the selected points, in the order of the table."""
+    unknown = [key for key in selected if key not in keys]
+    if unknown:
+        raise InputError("points", [Problem(key, "no such point with a result") for key in unknown])
+    front = done.index[done["mark"] < MARKS.index("")]
+    places = np.unique(np.linspace(0, len(front) - 1, min(len(front), MOST_DETAILS)).round().astype(int))
+    extremes = [done["latency_ms"].idxmin(), done["image_bytes"].idxmin(), done["energy_pj"].idxmin()]
+    extremes += list(done.index[done["mark"] == MARKS.index("knee")][:MOST_DETAILS])
+    chosen = {*front[places], *extremes, *done.index[done["key"].isin(list(selected))]}
+    shown = done[done.index.isin(chosen)]
+    first = {*extremes, *done.index[done["key"].isin(list(selected))]}
+    explained = list(dict.fromkeys([*(i for i in shown.index if i in first), *shown.index]))[:MOST_EXPLAINED]
+    columns, _ = varying(done)
+    parts = {name: _by_key(tables[name], set(shown["key"])) for name in ("layers", "energy", "storage")}
+    return [
+        point_detail(
+            row,
+            {name: groups[row["key"]] for name, groups in parts.items()},
+            columns,
+            key=keys[row["key"]],
+            mark=MARKS[row["mark"]],
+            explanation=explain(row) if explain is not None and index in explained else None,
         )
-        for _, row in marked.head(MOST_ROWS).iterrows()
+        for index, row in shown.iterrows()
     ]
-    return {"heads": [column.head for column in columns], "rows": rows}
 
 
-_MARKS = ("knee", "front", "")
+def _by_key(frame: pd.DataFrame, keys: Collection[str] | None = None) -> dict[str, pd.DataFrame]:
+    if keys is not None:
+        frame = frame[frame["key"].isin(keys)]
+    return {str(key): group for key, group in frame.groupby("key", sort=False)}
 
 
-def _marks(points: pd.DataFrame) -> pd.Series:
-    """Per point the index in `_MARKS` of its configuration, among those of its network."""
-    configuration = points.groupby(identity_columns(points), dropna=False, sort=False).ngroup()
-    marks = pd.Series(_MARKS.index(""), index=points.index)
-    if "accuracy_integer" not in points or points["accuracy_integer"].isna().any():
-        return marks
-    means = configuration_means(
-        points, ["latency_ms", "accuracy_integer"]
-    )  # in the order of the group numbers
-    for _, group in means.groupby("network"):
-        front = pareto_front(group, minimise=["latency_ms"], maximise=["accuracy_integer"])
-        knee = knee_point(group, minimise=["latency_ms"], maximise=["accuracy_integer"])
-        marks[configuration.isin(front.index)] = _MARKS.index("front")
-        marks[configuration == knee.name] = _MARKS.index("knee")
-    return marks
+def _short_keys(keys: pd.Series) -> list[str]:
+    """The first characters of each key, as many as tell all apart."""
+    texts = keys.astype(str)
+    longest = int(texts.str.len().max())
+    length = next((n for n in range(10, longest) if texts.str[:n].is_unique), longest)
+    return texts.str[:length].str.replace(r"[^0-9A-Za-z.-]", "_", regex=True).tolist()
 
 
-def _text(value: Any, column: _Column) -> str:
-    if pd.isna(value):
-        return "–"
-    if isinstance(value, str | bool):
-        return str(value).replace("x", "×") if column.name == "block" else str(value)
-    return column.format.format(value * column.scale)
+def _links(keys: Mapping[str, str], details: Sequence[Detail], pages: str) -> list[str]:
+    here = {detail.key for detail in details}
+    elsewhere = f"{pages}/{{}}.html" if pages else ""
+    return [f"#point-{key}" if key in here else elsewhere.format(key) for key in keys.values()]
 
 
-def _sort_value(value: Any) -> str:
-    return "" if pd.isna(value) else str(value)
-
-
-def _name(row: pd.Series) -> str:
+def _name(row: Mapping[Any, Any]) -> str:
     ratios = f"p {row['pruned']:g}, u {row['unified']:g}"
     return f"{row['network']}, {row['block']}, {ratios}, {row['hold']} fixed, seed {row['seed']}"

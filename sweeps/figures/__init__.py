@@ -4,7 +4,7 @@ Every function returns a `Plot`; `save_plot` writes it as PNG, PDF and CSV.
 """
 
 from sweeps.figures.bars import energy_plot, storage_plot
-from sweeps.figures.base import Plot, save_plot, to_svg
+from sweeps.figures.base import Plot, save_plot, to_image, to_svg
 from sweeps.figures.dots import accuracy_plot, bandwidth_plot, ratio_plot, speedup_plot
 from sweeps.figures.fronts import pareto_plot, roofline_plot
 from sweeps.figures.paper import paper_figures
@@ -21,5 +21,6 @@ __all__ = [
     "save_plot",
     "speedup_plot",
     "storage_plot",
+    "to_image",
     "to_svg",
 ]

@@ -150,7 +150,7 @@ def _parts_of(
 ) -> pd.DataFrame:
     """Detail rows summed over layers and averaged over seeds: a row per configuration and part."""
     keys = with_result(points, ["key", "seed", *CONFIGURATION]).drop_duplicates([*by, "seed"])
-    missing = ~keys["key"].isin(details["key"])
+    missing = ~keys["key"].isin(details["key"].unique())
     if missing.any():
         problem = Problem("key", f"{int(missing.sum())} of {len(keys)} points have no rows by {part}")
         raise InputError("details", problem)

@@ -39,6 +39,7 @@ __all__ = [
     "patch_handle",
     "plain_log_ticks",
     "save_plot",
+    "to_image",
     "to_svg",
     "with_result",
 ]
@@ -48,6 +49,8 @@ CONFIGURATION = [*WEIGHTS, "hold"]
 HOLD_TEXT = {"lanes": "lanes fixed", "area": "area fixed"}
 DOT: dict[str, Any] = {"linestyle": "none", "markeredgecolor": "white", "markeredgewidth": 0.3}
 RASTER_ABOVE = 5000  # markers; above it a vector file would be slow to open
+
+_LARGEST_SVG = 250_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +102,14 @@ def save_plot(plot: Plot, folder: str | Path) -> dict[str, Path]:
 def to_svg(plot: Plot) -> bytes:
     """The figure as SVG, the same bytes for the same figure."""
     return _rendered(plot, "svg", {"Date": None, "Creator": None})
+
+
+def to_image(plot: Plot) -> tuple[str, bytes]:
+    """``(media type, bytes)`` for a page: SVG, or where a cloud of points makes that large, PNG."""
+    svg = to_svg(plot)
+    if len(svg) <= _LARGEST_SVG:
+        return "image/svg+xml", svg
+    return "image/png", _rendered(plot, "png", {"Software": None})
 
 
 def _rendered(plot: Plot, kind: str, metadata: dict[str, Any]) -> bytes:

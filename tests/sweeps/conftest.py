@@ -38,6 +38,38 @@ def tables() -> Tables:
     return synthetic_tables()
 
 
+@pytest.fixture(scope="session")
+def many_tables() -> Tables:
+    """Ten thousand points: the usual sweep, 125 times with other ratios and DRAM bandwidths."""
+    return repeated(synthetic_tables(), 125)
+
+
+def repeated(tables: Tables, times: int) -> Tables:
+    """The same sweep again and again, a little slower and more accurate each time, under keys of their own."""
+    rng = np.random.default_rng(5)
+    copies: dict[str, list[pd.DataFrame]] = {name: [] for name in tables}
+    for i in range(times):
+        for name, table in tables.items():
+            copy = table.assign(key=f"{i:03d}-" + table["key"])
+            if name == "points":
+                copy = copy.assign(**on_machine(12.8 - i / 10))
+                copy["pruned"] = (copy["pruned"] * (1 - i / 1000)).round(6)
+                copy["latency_ms"] *= 1 + 0.01 * i
+                copy["accuracy_integer"] += 1e-5 * i + 0.002 * rng.normal(size=len(copy)).round(5)
+            copies[name].append(copy)
+    return {name: pd.concat(parts, ignore_index=True) for name, parts in copies.items()}
+
+
+def on_machine(dram_gb_per_s: float) -> dict[str, float]:
+    """Columns that a sweep over DRAM bandwidths adds to its points."""
+    return {
+        "dram.gb_per_s": dram_gb_per_s,
+        "dram_gb_per_s": dram_gb_per_s,
+        "clock_mhz": 1000.0,
+        "peak_gmac_per_s": 1024.0,
+    }
+
+
 def synthetic_tables(
     blocks: Sequence[str] = ("4x4", "1x16", "8x1", "2x2", "16x16"),
     ratios: Sequence[tuple[float, float]] = ((0.0, 1.0), (0.5, 0.5), (0.75, 0.25), (0.5, 0.25)),

@@ -21,6 +21,7 @@ from sweeps.figures import (
     accuracy_plot,
     bandwidth_plot,
     energy_plot,
+    paper_figures,
     pareto_plot,
     ratio_plot,
     roofline_plot,
@@ -273,6 +274,65 @@ def test_a_cloud_of_points_is_rastered():
         }
     )
     assert len(to_svg(pareto_plot(points))) < 600_000
+
+
+# ------------------------------------------------------------------------------------------------ the whole set
+
+
+def of_two_networks(make_tables) -> dict[str, pd.DataFrame]:
+    """Two networks, two DRAM bandwidths, one of the points without a result."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for network in ("lenet-5", "resnet"):
+        for bandwidth in (6.4, 12.8):
+            tables = make_tables(blocks=["4x4", "8x1"], seeds=[0])
+            prefix = f"{network}-{bandwidth}-"
+            for name, table in tables.items():
+                parts.setdefault(name, []).append(table.assign(key=prefix + table["key"]))
+            changes = {"network": network, "dram.gb_per_s": bandwidth, "dram_gb_per_s": bandwidth}
+            points = parts["points"][-1].assign(**changes, clock_mhz=1000.0, peak_gmac_per_s=1024.0)
+            points["latency_ms"] *= 12.8 / bandwidth
+            parts["points"][-1] = points
+    whole = {name: pd.concat(tables, ignore_index=True) for name, tables in parts.items()}
+    whole["points"].loc[0, ["error", "latency_ms"]] = ["does not fit", math.nan]
+    return whole
+
+
+def test_a_set_per_network_at_one_setting(make_tables):
+    plots = {plot.name: plot for plot in paper_figures(of_two_networks(make_tables))}
+    kinds = ("speedup", "bandwidth", "ratio", "accuracy", "storage", "energy", "roofline", "pareto")
+    expected = {
+        f"{kind}-{network}" for kind in (*kinds, "pareto-energy") for network in ("lenet-5", "resnet")
+    }
+    assert set(plots) == expected, "the area is the same everywhere, no front of it"
+    assert plots["speedup-resnet"].caption.endswith("At dram.gb_per_s 12.8.")
+    assert len(plots["speedup-resnet"].data) == 16
+    assert len(plots["pareto-resnet"].data) == 32, "the front is of all machines"
+
+
+def test_an_untrained_set_has_no_accuracies(tables):
+    untrained = {"accuracy_integer": math.nan, "accuracy_float": math.nan, "accuracy_dense_float": math.nan}
+    points = tables["points"].assign(
+        **untrained, clock_mhz=1000.0, dram_gb_per_s=12.8, peak_gmac_per_s=1024.0
+    )
+    names = [plot.name for plot in paper_figures(tables | {"points": points})]
+    assert names == ["speedup", "bandwidth", "storage", "energy", "roofline", "pareto-energy"]
+    with pytest.raises(InputError, match="nothing to draw"):
+        paper_figures(tables | {"points": points.assign(error="does not fit")})
+
+
+def test_a_front_of_energy_minimises_both(tables):
+    data = pareto_plot(tables["points"], "energy_pj").data
+    front = data[data["on_front"]].sort_values("latency_ms")
+    assert front["energy_pj"].is_monotonic_decreasing
+    assert data["latency_ms"].idxmin() in front.index
+    assert data["energy_pj"].idxmin() in front.index
+
+
+def test_ratio_draws_every_configuration(tables):
+    plot = ratio_plot(tables["points"])
+    drawn = [y for line in plot.figure.axes[0].get_lines() for y in np.atleast_1d(line.get_ydata())]
+    assert set(100 * plot.data["accuracy_integer"]) <= set(drawn)
+    assert set(plot.data["dense"]) == {0.0, 0.25}
 
 
 # ------------------------------------------------------------------------------------------------ files

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
+import json
 import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from hwsim.errors import HwsimError, InputError
-from sweeps.figures import accuracy_plot, speedup_plot
-from sweeps.html import MOST_ROWS, render_report, write_report
+from sweeps.figures import accuracy_plot, paper_figures, speedup_plot
+from sweeps.html import MOST_DETAILS, PAGE_ROWS, render_report, write_report
 from sweeps.summary import summarise
 
 MANIFEST = {
@@ -58,14 +61,19 @@ class Page(HTMLParser):
             self.heads.append(data)
 
 
-def render(points, plots=(), **changes):
+def render(tables, plots=(), **changes):
     content = {"title": "First light", "manifest": MANIFEST, "assumptions": "No bank timing."} | changes
-    return render_report(points=points, plots=plots, **content)
+    return render_report(tables=tables, plots=plots, **content)
+
+
+def data_of(text: str) -> dict:
+    """What the page's script reads."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
 
 
 @pytest.fixture(scope="module")
 def page_text(tables) -> str:
-    return render(tables["points"], [speedup_plot(tables["points"]), accuracy_plot(tables["points"])])
+    return render(tables, [speedup_plot(tables["points"]), accuracy_plot(tables["points"])])
 
 
 def test_page_is_whole_and_self_contained(page_text):
@@ -85,8 +93,7 @@ def test_page_is_whole_and_self_contained(page_text):
 
 def test_page_holds_summary_table_configuration_assumptions_and_versions(tables, page_text):
     page = Page(page_text)
-    assert len([row for row in page.rows if row]) == len(tables["points"])
-    assert {"block", "p", "u", "fixed", "seed", "latency (ms)", "speed-up, equal area"} <= set(page.heads)
+    assert {"block", "p", "u", "fixed", "seed", "latency (µs)", "speed-up, equal area"} <= set(page.heads)
     assert "network" not in page.heads, "what is the same everywhere is told once"
     for text in (
         "Fastest",
@@ -100,50 +107,119 @@ def test_page_holds_summary_table_configuration_assumptions_and_versions(tables,
     assert "&lt;b&gt;bold" in page_text
 
 
+def test_the_script_gets_every_point_and_value(tables, page_text):
+    data = data_of(page_text)
+    points = tables["points"]
+    columns = {column["name"]: column for column in data["columns"]}
+    assert len(data["keys"]) == len(set(data["keys"])) == len(points)
+    assert sorted(columns["latency_ms"]["values"]) == pytest.approx(
+        sorted(1e3 * points["latency_ms"]), rel=1e-6
+    )
+    assert sorted(columns["accuracy_integer"]["values"]) == pytest.approx(
+        sorted(100 * points["accuracy_integer"]), rel=1e-6
+    )
+    assert set(columns["block"]["levels"]) == {"4×4", "1×16", "8×1", "2×2", "16×16"}
+
+
 def test_front_comes_first_and_is_marked(page_text):
-    classes = [
-        name for row, name in zip(Page(page_text).rows, Page(page_text).row_classes, strict=True) if row
-    ]
-    order = {"knee": 0, "front": 1, None: 2}
-    assert sorted(classes, key=order.__getitem__) == classes
-    assert classes.count("knee") == 2, "both seeds of the configuration"
-    assert classes.count("front") > 0
+    marks = data_of(page_text)["marks"]
+    assert sorted(marks) == marks
+    assert marks.count(0) == 2, "both seeds of the knee"
+    assert marks.count(1) > 0
+
+
+def test_every_point_of_the_front_has_its_layers(tables, page_text):
+    data = data_of(page_text)
+    ids = {attributes.get("id") for _, attributes in Page(page_text).tags}
+    for mark, link in zip(data["marks"], data["links"], strict=True):
+        assert (link[1:] in ids) if link else mark == 2
+        assert link or mark == 2
+    chosen = tables["points"]["key"].iloc[-1]
+    assert f'id="point-{chosen}"' not in page_text
+    assert f'id="point-{chosen}"' in render(tables, selected=[chosen])
+    with pytest.raises(InputError, match="no such point"):
+        render(tables, selected=["nothing"])
 
 
 def test_texts_of_results_are_escaped(tables):
     points = tables["points"].assign(network='<script>alert("x")</script>', machine="a & b")
+    points["training_settings"] = ["</script><b>" if i % 2 else "b" for i in range(len(points))]
     points.loc[0, "error"] = "layer <fc1> does not fit"
-    text = render(points, title="<i>title</i>", assumptions="a < b")
-    for bad in ("<script>alert", "<i>title", "<fc1>", "a < b"):
+    text = render(tables | {"points": points}, title="<i>title</i>", assumptions="a < b")
+    for bad in ("<script>alert", "<i>title", "<fc1>", "a < b", "</script><b>"):
         assert bad not in text
     assert "layer &lt;fc1&gt; does not fit" in text
-
-
-def test_values_to_sort_by_are_exact(tables):
-    page = Page(render(tables["points"]))
-    values = [attributes["data-v"] for tag, attributes in page.tags if tag == "td"]
-    latency = page.heads.index("latency (ms)")
-    found = sorted(float(values[i]) for i in range(latency, len(values), len(page.heads)))
-    assert found == sorted(tables["points"]["latency_ms"])
 
 
 def test_missing_values_show_as_a_dash(tables):
     points = tables["points"].copy()
     points.loc[3, "file_bytes"] = math.nan
-    assert [cell for row in Page(render(points)).rows for cell in row].count("–") == 1
+    text = render(tables | {"points": points})
+    column = next(column for column in data_of(text)["columns"] if column["name"] == "file_bytes")
+    assert column["values"].count(None) == 1
+    rows = [
+        row for row in Page(text).rows if row and row[0].startswith(("4x4", "1x16", "8x1", "2x2", "16x16"))
+    ]
+    assert len(rows) == len(points)
+    assert [cell for row in rows for cell in row].count("–") == 1
 
 
-def test_large_sweeps_show_the_best_rows_and_say_so(make_tables):
-    tables = make_tables(blocks=["4x4", "8x1"], ratios=[(i / 1000, 0.1) for i in range(600)], seeds=[0])
-    text = render(tables["points"])
-    assert len(tables["points"]) == 2400
-    assert len([row for row in Page(text).rows if row]) == MOST_ROWS
-    assert "2000 of 2400 points" in text
-    assert len(text) < 5_000_000
+def test_ten_thousand_points_stay_below_five_megabytes(many_tables):
+    points = many_tables["points"]
+    text = render(many_tables, paper_figures(many_tables))
+    assert len(points) == 10_000
+    assert len(data_of(text)["keys"]) == 10_000
+    assert len(text.encode()) < 5_000_000
+    assert text.count('<details class="point"') <= MOST_DETAILS + 5
+    rows = [row for row in Page(text).rows if row and re.match(r"\d{3}-", row[0])]
+    assert len(rows) == PAGE_ROWS, "without scripts the first page"
+
+
+def test_untrained_points_have_a_front_of_energy(tables):
+    points = tables["points"].assign(accuracy_integer=None, accuracy_float=None, accuracy_dense_float=None)
+    text = render(tables | {"points": points})
+    assert "on the front of energy against latency" in text
+    assert data_of(text)["marks"].count(0) >= 1
+
+
+def test_an_explanation_is_shown_where_there_is_one(tables):
+    from hwsim.explain import explain
+    from hwsim.layer import Layer, LayerShape, random_types
+    from hwsim.machine import load_machine
+
+    shape = LayerShape("fc", "linear", in_channels=64, out_channels=64)
+    layer = Layer(shape, (4, 4), random_types(shape, (4, 4), 0.5, 0.5, np.random.default_rng(0)))
+    found = explain(load_machine("msa-16x16"), [layer])
+    asked = []
+
+    def explain_row(row):
+        asked.append(row["key"])
+        return found if len(asked) == 1 else None
+
+    text = render(tables, explain=explain_row)
+    assert text.count("Where the cycles went") == 1
+    assert found.sentences()[1] in html.unescape(text)
+    assert len(asked) == len(set(asked)) <= 12
+
+
+def test_pages_beside_the_report(make_tables, tmp_path):
+    tables = make_tables(blocks=["4x4", "8x1"], seeds=[0])
+    content = {"title": "t", "tables": tables, "plots": [], "manifest": MANIFEST, "assumptions": ""}
+    path = write_report(tmp_path / "report.html", with_pages=True, **content)
+    links = data_of(path.read_text("utf-8"))["links"]
+    assert all(link.startswith(("#point-", "report-points/")) for link in links)
+    pages = [link for link in links if not link.startswith("#")]
+    assert pages
+    for link in pages:
+        text = (tmp_path / link).read_text("utf-8")
+        assert Page(text).open == []
+        assert 'href="../report.html"' in text
+        assert "conv2" in text
+    assert len(list((tmp_path / "report-points").iterdir())) == len(tables["points"])
 
 
 def test_written_in_one_piece(tables, tmp_path):
-    content = {"title": "t", "points": tables["points"], "plots": [], "manifest": MANIFEST, "assumptions": ""}
+    content = {"title": "t", "tables": tables, "plots": [], "manifest": MANIFEST, "assumptions": ""}
     path = write_report(tmp_path / "report.html", **content)
     assert path.read_text("utf-8").startswith("<!DOCTYPE html>")
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
@@ -153,11 +229,12 @@ def test_written_in_one_piece(tables, tmp_path):
 
 def test_nothing_to_report(tables):
     with pytest.raises(InputError, match="no points"):
-        render(tables["points"].iloc[:0])
-    text = render(tables["points"].assign(error="does not fit"))
-    assert "No point has a result yet" in text or "80 of 80 points have no result" in text
+        render(tables | {"points": tables["points"].iloc[:0]})
+    text = render(tables | {"points": tables["points"].assign(error="does not fit")})
+    assert "80 of 80 points have no result" in text
+    assert "and 30 more" in text
     with pytest.raises(InputError, match="no such column"):
-        render(tables["points"].drop(columns="latency_ms"))
+        render(tables | {"points": tables["points"].drop(columns="latency_ms")})
 
 
 # ------------------------------------------------------------------------------------------------ in plain words
