@@ -101,6 +101,7 @@ function explore(data) {
       if (select.selectedIndex) wanted.set(column, select.value); else wanted.delete(column);
       applyFilters();
     });
+    select.setAttribute("aria-label", `show ${column.head}`);
     label.append(select);
     byId("filters").append(label);
   });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,26 @@ def tables() -> Tables:
 def many_tables() -> Tables:
     """Ten thousand points: the usual sweep, 125 times with other ratios and DRAM bandwidths."""
     return repeated(synthetic_tables(), 125)
+
+
+@pytest.fixture(scope="session")
+def many_page(many_tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report page of ten thousand points, with the two figures that draw them all."""
+    from sweeps.figures import pareto_plot
+    from sweeps.html import write_report
+
+    runs = [
+        {"started": "2026-01-02T03:04:05Z", "configuration": {"name": "many"}, "versions": {"hwsim": "0.1.0"}}
+    ]
+    points = many_tables["points"]
+    return write_report(
+        tmp_path_factory.mktemp("many") / "report.html",
+        title="Ten thousand points",
+        tables=many_tables,
+        plots=[pareto_plot(points), pareto_plot(points, "energy_pj")],
+        manifest={"runs": runs},
+        assumptions="No bank timing.",
+    )
 
 
 def repeated(tables: Tables, times: int) -> Tables:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from hwsim.errors import HwsimError, InputError
-from sweeps.figures import accuracy_plot, paper_figures, speedup_plot
+from sweeps.figures import accuracy_plot, speedup_plot
 from sweeps.html import MOST_DETAILS, PAGE_ROWS, render_report, write_report
 from sweeps.summary import summarise
 
@@ -164,12 +164,11 @@ def test_missing_values_show_as_a_dash(tables):
     assert [cell for row in rows for cell in row].count("–") == 1
 
 
-def test_ten_thousand_points_stay_below_five_megabytes(many_tables):
-    points = many_tables["points"]
-    text = render(many_tables, paper_figures(many_tables))
-    assert len(points) == 10_000
+def test_ten_thousand_points_stay_below_five_megabytes(many_page):
+    text = many_page.read_text("utf-8")
     assert len(data_of(text)["keys"]) == 10_000
-    assert len(text.encode()) < 5_000_000
+    # The other figures draw means per configuration of one machine: they add what `tables` draw, about 1 MB.
+    assert len(text.encode()) < 4_000_000
     assert text.count('<details class="point"') <= MOST_DETAILS + 5
     rows = [row for row in Page(text).rows if row and re.match(r"\d{3}-", row[0])]
     assert len(rows) == PAGE_ROWS, "without scripts the first page"
