@@ -335,6 +335,11 @@ class ResultStore:
             raise FormatError(str(path), _version_problem(version))
         return manifest
 
+    def _repr_html_(self) -> str:
+        from sweeps.notebook import results_html
+
+        return results_html(self)
+
     def _folder(self, table: str) -> Path:
         return self.path / table
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +75,16 @@ class Plot:
     caption: str
     figure: Figure
     data: pd.DataFrame
+
+    def _repr_html_(self) -> str:
+        kind, content = to_image(self)
+        if kind == "image/svg+xml":
+            text = content.decode()
+            image = text[text.index("<svg") :]
+        else:
+            image = f'<img src="data:{kind};base64,{base64.b64encode(content).decode()}">'
+        title, caption = html.escape(self.title), html.escape(self.caption)
+        return f"<figure>{image}<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
 
 
 def save_plot(plot: Plot, folder: str | Path) -> dict[str, Path]:

@@ -53,9 +53,7 @@ def test_what_was_saved_is_read_back(report: Report, saved: Path) -> None:
 
 
 def test_a_report_without_a_baseline_is_read_back(tmp_path: Path) -> None:
-    # The dense weights do not fit a row's share, even streamed they do: it is the outputs that cannot be held.
-    machine = load_machine("msa-8x8")
-    found = simulate(machine, layers())
+    found = simulate("msa-8x8", layers())
     nothing = {name: float("nan") for name in found.summary if name.startswith("speedup")}
     broken = replace(
         found, summary=found.summary | nothing, layers=found.layers.assign(dense_latency_cycles=float("nan"))
