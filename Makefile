@@ -1,5 +1,5 @@
 # make demo [QUICK=1]   set up, then train, compress, simulate, sweep and plot on real images
-# make test             set up, then the tests
+# make test             set up, then the tests; where root may install it, with a browser for those of the report page
 # make test-slow        the tests that take minutes
 # make bench            the benchmarks
 # make lint             ruff and mypy
@@ -10,12 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IMAGES := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow bench lint setup data clean
+.PHONY: demo test test-slow bench lint setup data browser clean
 
 demo: setup data
 	$(BIN)/hwsim demo $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
-test: setup data
+test: setup data browser
 	$(BIN)/python -m pytest
 
 test-slow: setup data
@@ -52,6 +52,15 @@ data:
 	  ($$asroot apt-get -qq install -y dataset-fashion-mnist || \
 	    ($$asroot apt-get -qq update && $$asroot apt-get -qq install -y dataset-fashion-mnist)) >/dev/null 2>&1 || \
 	    echo "could not install it; hwsim will look elsewhere for the images"; \
+	fi
+
+# Debian's browser for the tests of the report page, where apt and the rights are there; else those tests are skipped and say so.
+browser:
+	@if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  echo "installing Debian's chromium"; \
+	  (apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core || \
+	    (apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core)) >/dev/null 2>&1 || \
+	    echo "could not install it; the tests in a browser are skipped"; \
 	fi
 
 clean:

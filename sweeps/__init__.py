@@ -17,7 +17,9 @@ _EXPORTS = {
     "knee_point": "sweeps.pareto",
     "load_space": "sweeps.space",
     "machine_for_block": "sweeps.space",
+    "paper_figures": "sweeps.figures",
     "pareto_front": "sweeps.pareto",
+    "run_sweep": "sweeps.runner",
     "save_plot": "sweeps.figures",
     "write_report": "sweeps.html",
 }
