@@ -85,8 +85,8 @@ class Explanation:
         ``layer, part, lane_cycles, cycles``. ``lane_cycles`` (int64) counts in units of ``cycles / lanes``, where ``lanes`` is
         rows × columns × g_o × g_k of the machine: of a layer they sum to ``latency_cycles · lanes`` exactly.
     levers : DataFrame
-        ``lever, change, latency_cycles, saved_cycles, saved_share, area_mm2_added, note``, the most helpful first: each
-        was simulated.
+        ``lever, change, batch, latency_cycles, saved_cycles, saved_share, area_mm2_added, note``, the most helpful first: each
+        was simulated. With a ``batch`` above 1 cycles are per input; ``note`` says why a change is not possible.
     """
 
     network: str
@@ -125,14 +125,19 @@ class Explanation:
             most = [f"{row['text']} ({row['share']:.1%})" for row in losses.head(3).to_dict("records")]
             text.append(f"The difference went mostly to: {'; '.join(most)}.")
         helpful = self.levers[self.levers["saved_cycles"] > 0]
-        if helpful.empty:
-            return [*text, "None of the changes that were simulated saves a cycle."]
-        best = helpful.iloc[0]
-        return [
-            *text,
-            f"What helps most: {best['lever']} ({best['change']}) saves {best['saved_cycles']:,.0f} cycles "
-            f"({best['saved_share']:.1%}) for {best['area_mm2_added']:+.3g} mm².",
-        ]
+        changes, batches = helpful[helpful["batch"] == 1], helpful[helpful["batch"] > 1]
+        if changes.empty:
+            text.append("None of the changes of the machine that were simulated saves a cycle.")
+        else:
+            best = changes.iloc[0]
+            text.append(
+                f"What helps most: {best['lever']} ({best['change']}) saves {best['saved_cycles']:,.0f} cycles "
+                f"({best['saved_share']:.1%}) for {best['area_mm2_added']:+.3g} mm² on chip."
+            )
+        for row in batches.to_dict("records"):
+            saved = f"{row['saved_cycles']:,.0f} cycles ({row['saved_share']:.1%}) less per input"
+            text.append(f"{row['batch']} inputs at a time take {saved}, each of them longer.")
+        return text
 
     def __str__(self) -> str:
         parts = [
@@ -387,13 +392,23 @@ def _try_levers(
 ) -> pd.DataFrame:
     technology = load_technology(machine.technology.table)
     area = sum(machine_area(machine, technology).values())
-    columns = ["lever", "change", "latency_cycles", "saved_cycles", "saved_share", "area_mm2_added", "note"]
+    columns = [
+        "lever",
+        "change",
+        "batch",
+        "latency_cycles",
+        "saved_cycles",
+        "saved_share",
+        "area_mm2_added",
+        "note",
+    ]
     rows: list[dict[str, Any]] = []
     for lever in levers:
         nothing = float("nan")
         row: dict[str, Any] = dict.fromkeys(columns, nothing) | {
             "lever": lever.name,
             "change": _change_text(machine, lever),
+            "batch": lever.batch,
             "note": "",
         }
         try:

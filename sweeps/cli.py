@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,7 +51,7 @@ def figures(results: Path, out: Path | None) -> None:
     from sweeps.store import ResultStore
 
     folder = out or results / "figures"
-    for path in _save_plots(_plots(ResultStore(_existing(results))), folder):
+    for path in _save_plots(_plots(_tables(ResultStore(_existing(results)))), folder):
         click.echo(path)
 
 
@@ -73,7 +73,9 @@ def report(results: Path, out: Path | None, chosen: tuple[str, ...], pages: bool
 
     store = ResultStore(_existing(results))
     path = out or results / "report.html"
-    _write_report(store, path, chosen, with_pages=pages)
+    tables = _tables(store)
+    plots = _plots(tables) if tables["points"]["error"].isna().any() else []
+    _write_report(store, tables, plots, path, chosen, with_pages=pages)
     click.echo(path)
 
 
@@ -107,8 +109,10 @@ def demo(out: Path | None, quick: bool, workers: int | None) -> None:
     points = store.to_frame()
     table = points.drop(columns=[column for column in points if points[column].isna().all()])
     write_atomically(out / "points.csv", table.to_csv(index=False).encode())
-    _save_plots(_plots(store), out / "figures")
-    _write_report(store, out / "report.html")
+    tables = _tables(store)
+    plots = _plots(tables)
+    _save_plots(plots, out / "figures")
+    _write_report(store, tables, plots, out / "report.html")
     click.echo(_table(points))
     for sentence in summarise(points):
         click.echo(sentence)
@@ -176,43 +180,71 @@ def _existing(results: Path) -> Path:
     return results
 
 
-def _plots(store: ResultStore) -> list[Plot]:
+@contextmanager
+def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with an estimate, on a terminal only: what it tells of takes seconds."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(doing), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plots(tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
     from sweeps.figures import paper_figures
+
+    with _bar("drawing") as progress:
+        return paper_figures(tables, progress)
+
+
+def _tables(store: ResultStore) -> dict[str, pd.DataFrame]:
     from sweeps.store import TABLES
 
-    return paper_figures({name: store.to_frame(name) for name in TABLES})
+    return {name: store.to_frame(name) for name in TABLES}
 
 
 def _save_plots(plots: list[Plot], folder: Path) -> list[Path]:
     from sweeps.figures import save_plot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    return [path for drawn in plots for path in save_plot(drawn, folder).values()]
+    paths: list[Path] = []
+    with _bar("writing") as progress:
+        for done, drawn in enumerate(plots, 1):
+            paths += save_plot(drawn, folder).values()
+            progress(done, len(plots))
+    return paths
 
 
 def _write_report(
-    store: ResultStore, path: Path, chosen: tuple[str, ...] = (), *, with_pages: bool = False
+    store: ResultStore,
+    tables: dict[str, pd.DataFrame],
+    plots: list[Plot],
+    path: Path,
+    chosen: tuple[str, ...] = (),
+    *,
+    with_pages: bool = False,
 ) -> None:
     from hwsim.assumptions import ASSUMPTIONS
-    from sweeps.figures import paper_figures
     from sweeps.html import write_report
     from sweeps.points import choose_point
-    from sweeps.store import TABLES
 
     runs = store.manifest()
-    tables = {name: store.to_frame(name) for name in TABLES}
     points = tables["points"]
-    write_report(
-        path,
-        title=f"hwsim: {runs['runs'][-1]['configuration']['name']}" if runs["runs"] else "hwsim",
-        tables=tables,
-        plots=paper_figures(tables) if points["error"].isna().any() else [],
-        manifest=runs,
-        assumptions=ASSUMPTIONS,
-        selected=[str(choose_point(points, choice)["key"]) for choice in chosen],
-        explain=lambda row: _explanation(store, row),
-        with_pages=with_pages,
-    )
+    with _bar("page") as progress:
+        write_report(
+            path,
+            title=f"hwsim: {runs['runs'][-1]['configuration']['name']}" if runs["runs"] else "hwsim",
+            tables=tables,
+            plots=plots,
+            manifest=runs,
+            assumptions=ASSUMPTIONS,
+            selected=[str(choose_point(points, choice)["key"]) for choice in chosen],
+            explain=lambda row: _explanation(store, row),
+            with_pages=with_pages,
+            progress=progress,
+        )
 
 
 def _explanation(store: ResultStore, row: pd.Series) -> Explanation | None:

@@ -17,7 +17,7 @@ __all__ = ["results_html"]
 def results_html(store: ResultStore) -> str:
     """A result store in short: the summary in words, the front as a plot and as a table."""
     from sweeps.figures import pareto_plot
-    from sweeps.html_data import MARKS, front_goals, front_marks, text_of, varying
+    from sweeps.html.data import MARKS, front_goals, front_marks, text_of, varying
 
     try:
         points = store.to_frame()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -19,7 +20,9 @@ from sweeps.summary import identity_columns
 __all__ = ["paper_figures"]
 
 
-def paper_figures(tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
+def paper_figures(
+    tables: Mapping[str, pd.DataFrame], progress: Callable[[int, int], None] | None = None
+) -> list[Plot]:
     """Every figure that the results have the columns for.
 
     Where machines or settings vary, figures of block shapes and ratios show them as at the best point (the fastest within a
@@ -29,6 +32,8 @@ def paper_figures(tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
     ----------
     tables : mapping
         ``points``, ``layers``, ``energy`` and ``storage`` of a result store.
+    progress : callable, optional
+        Called with the figures that are done and those that there will be.
 
     Raises
     ------
@@ -39,44 +44,53 @@ def paper_figures(tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
     done = points[points["error"].isna()]
     if done.empty:
         raise InputError("points", Problem("", "no point with a result, nothing to draw"))
+    groups = list(done.groupby("network", sort=False))
+    drawings = [(str(network), draw) for network, group in groups for draw in _drawings(group, tables)]
     plots = []
-    for network, group in done.groupby("network", sort=False):
-        drawn = _of_network(group, tables)
-        if done["network"].nunique() > 1:
-            drawn = [
-                replace(plot, name=f"{plot.name}-{network}", title=f"{plot.title}, {network}")
-                for plot in drawn
-            ]
-        plots += drawn
+    for network, draw in drawings:
+        plot = draw()
+        if len(groups) > 1:
+            plot = replace(plot, name=f"{plot.name}-{network}", title=f"{plot.title}, {network}")
+        plots.append(plot)
+        if progress is not None:
+            progress(len(plots), len(drawings))
     return plots
 
 
-def _of_network(points: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
+def _drawings(points: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> list[Callable[[], Plot]]:
+    """What draws the figures of one network, one by one."""
     best = choose_point(points, "best")
-    slice_, setting = _at_setting_of(best, points)
-    trained = slice_[slice_["accuracy_integer"].notna()]
-    plots = [speedup_plot(slice_), bandwidth_plot(slice_)]
-    if len(trained):
-        plots += [ratio_plot(trained), accuracy_plot(trained)]
-    plots.append(storage_plot(slice_, tables["storage"]))
-    plots.append(energy_plot(slice_, tables["energy"]))
+    shown, setting = _at_setting_of(best, points)
+    trained = shown[shown["accuracy_integer"].notna()]
+    all_trained = points[points["accuracy_integer"].notna()]
     layers = tables["layers"]
-    plots.append(
-        roofline_plot(
+
+    def roofline() -> Plot:
+        return roofline_plot(
             layers[layers["key"] == best["key"]],
             clock_mhz=float(best["clock_mhz"]),
             peak_gmac_per_s={"dense": float(best["peak_gmac_per_s"])},
             dram_gb_per_s=float(best["dram_gb_per_s"]),
         )
-    )
-    plots = [replace(plot, caption=plot.caption + setting) for plot in plots]
-    all_trained = points[points["accuracy_integer"].notna()]
-    if len(all_trained):
-        plots.append(pareto_plot(all_trained))
-    plots.append(pareto_plot(points, "energy_pj"))
+
+    at_setting: list[Callable[[], Plot]] = [partial(speedup_plot, shown), partial(bandwidth_plot, shown)]
+    if len(trained):
+        at_setting += [partial(ratio_plot, trained), partial(accuracy_plot, trained)]
+    at_setting += [
+        partial(storage_plot, shown, tables["storage"]),
+        partial(energy_plot, shown, tables["energy"]),
+        roofline,
+    ]
+    fronts: list[Callable[[], Plot]] = [partial(pareto_plot, all_trained)] if len(all_trained) else []
+    fronts.append(partial(pareto_plot, points, "energy_pj"))
     if points["area_mm2"].nunique() > 1:
-        plots.append(pareto_plot(points, "area_mm2"))
-    return plots
+        fronts.append(partial(pareto_plot, points, "area_mm2"))
+    return [*(partial(_with_setting, draw, setting) for draw in at_setting), *fronts]
+
+
+def _with_setting(draw: Callable[[], Plot], setting: str) -> Plot:
+    plot = draw()
+    return replace(plot, caption=plot.caption + setting)
 
 
 def _at_setting_of(best: pd.Series, points: pd.DataFrame) -> tuple[pd.DataFrame, str]:

@@ -169,8 +169,16 @@ def test_a_change_that_is_not_possible_says_why(machine: Machine, layers: list[L
     assert "output.size_kib" in rows.loc["a tiny output buffer", "note"]
     assert rows.loc["the same", "saved_cycles"] == 0
     assert "Not possible: too many banks." in str(found)
-    assert found.sentences()[-1] == "None of the changes that were simulated saves a cycle."
+    assert found.sentences()[-1] == "None of the changes of the machine that were simulated saves a cycle."
     assert "nan" not in str(found)
+
+
+def test_the_advice_in_words_is_of_the_machine_and_batches_stand_apart(found: Explanation) -> None:
+    changes = found.levers[found.levers["batch"] == 1]
+    *_, advice, batch = found.sentences()
+    assert advice.startswith(f"What helps most: {changes.iloc[0]['lever']} (")
+    assert f"saves {changes.iloc[0]['saved_cycles']:,.0f} cycles" in advice
+    assert batch.startswith("8 inputs at a time take ")
 
 
 def test_shown_as_text_and_html(found: Explanation) -> None:

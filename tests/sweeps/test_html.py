@@ -201,6 +201,13 @@ def test_an_explanation_is_shown_where_there_is_one(tables):
     assert len(asked) == len(set(asked)) <= 12
 
 
+def test_progress_tells_of_every_point_and_figure(tables):
+    told = []
+    text = render(tables, [speedup_plot(tables["points"])], progress=lambda *now: told.append(now))
+    total = text.count('<details class="point"') + 1
+    assert told == [(done, total) for done in range(1, total + 1)]
+
+
 def test_pages_beside_the_report(make_tables, tmp_path):
     tables = make_tables(blocks=["4x4", "8x1"], seeds=[0])
     content = {"title": "t", "tables": tables, "plots": [], "manifest": MANIFEST, "assumptions": ""}

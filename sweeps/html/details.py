@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from hwsim.tables import short_number
-from sweeps.html_data import Column, text_of
+from sweeps.html.data import Column, text_of
 
 if TYPE_CHECKING:
     from hwsim.explain import Explanation
@@ -51,7 +51,7 @@ class Detail:
     name : str
         Its configuration in a line.
     mark : str
-        One of `sweeps.html_data.MARKS`.
+        One of `sweeps.html.data.MARKS`.
     results : list of (str, str)
     sentences : list of str
         What the explanation says, if there is one.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,8 @@ import pandas as pd
 from hwsim.errors import InputError, Problem
 from hwsim.files import write_atomically
 from sweeps.figures import Plot, to_image
-from sweeps.html_data import MARKS, front_goals, front_marks, payload, text_of, varying
-from sweeps.html_details import Detail, point_detail
+from sweeps.html.data import MARKS, front_goals, front_marks, payload, text_of, varying
+from sweeps.html.details import Detail, point_detail
 from sweeps.summary import summarise
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ MOST_EXPLAINED = 12
 PAGE_ROWS = 100
 """Rows of the table at a time."""
 
+T = TypeVar("T")
 Explain = Callable[[pd.Series], "Explanation | None"]
 
 
@@ -43,6 +44,7 @@ def render_report(
     selected: Collection[str] = (),
     explain: Explain | None = None,
     pages: str = "",
+    progress: Callable[[int, int], None] | None = None,
 ) -> str:
     """The page as HTML.
 
@@ -62,6 +64,8 @@ def render_report(
         From a row of ``points`` to where its cycles went, or None.
     pages : str
         Folder, relative to the page, with a page of every other point (`write_report`); "" for none.
+    progress : callable, optional
+        Called with the points at length and the figures that are done, and with how many there will be.
 
     Raises
     ------
@@ -74,45 +78,63 @@ def render_report(
     sentences = summarise(points)
     failed = points[points["error"].notna()] if "error" in points else points.iloc[:0]
     done = points.drop(failed.index)
-    table: dict[str, Any] = {"heads": [], "rows": [], "count": 0, "data": "{}"}
-    details: list[Detail] = []
-    constants: list[tuple[str, str]] = []
-    front_text = ""
     if len(done):
-        _, front_text = front_goals(done)
         done = done.assign(mark=front_marks(done)).sort_values(["mark", "latency_ms"], kind="stable")
-        columns, same = varying(done)
-        constants = [(column.head, text_of(done[column.name].iloc[0], column)) for column in same]
-        keys = dict(zip(done["key"], _short_keys(done["key"]), strict=True))
-        details = _details(done, tables, keys, selected, explain)
-        links = _links(keys, details, pages)
-        rows = [
-            (MARKS[row["mark"]], keys[row["key"]], [text_of(row[c.name], c) for c in columns])
-            for row in done.head(PAGE_ROWS).to_dict("records")
-        ]
-        table = {
-            "heads": [column.head for column in columns],
-            "rows": rows,
-            "count": len(done),
-            "data": payload(done, columns, list(keys.values()), links),
-        }
+    shown = _shown(done, selected)
+    tell = _Tally(len(shown) + len(plots), progress)
+    keys = dict(zip(done["key"], _short_keys(done["key"]), strict=True))
+    details = [tell(detail) for detail in _details(shown, done, tables, keys, explain)]
     return _template("report.html").render(
         title=title,
         sentences=sentences,
-        constants=constants,
-        table=table,
+        **_table(done, _links(keys, details, pages), keys),
         page_rows=PAGE_ROWS,
-        front_text=front_text,
         details=details,
-        front_count=int((done["mark"] < MARKS.index("")).sum()) if len(done) else 0,
         failed=[(_name(row), row["error"]) for row in failed.to_dict("records")],
-        figures=[(plot, _embedded(plot)) for plot in plots],
+        figures=[tell((plot, _embedded(plot))) for plot in plots],
         runs=[
             (run["started"], json.dumps(run["configuration"], indent=2, ensure_ascii=False), run["versions"])
             for run in manifest["runs"]
         ],
         assumptions=assumptions,
     )
+
+
+class _Tally:
+    """Hands things through, and tells how many of them there were."""
+
+    def __init__(self, total: int, progress: Callable[[int, int], None] | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def __call__(self, item: T) -> T:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+        return item
+
+
+def _table(done: pd.DataFrame, links: Sequence[str], keys: Mapping[str, str]) -> dict[str, Any]:
+    """What the template needs of all points: the first rows for readers without scripts, the rest as data."""
+    if done.empty:
+        table: dict[str, Any] = {"heads": [], "rows": [], "count": 0, "data": "{}"}
+        return {"table": table, "constants": [], "front_text": "", "front_count": 0}
+    columns, same = varying(done)
+    rows = [
+        (MARKS[row["mark"]], keys[row["key"]], [text_of(row[c.name], c) for c in columns])
+        for row in done.head(PAGE_ROWS).to_dict("records")
+    ]
+    table = {
+        "heads": [column.head for column in columns],
+        "rows": rows,
+        "count": len(done),
+        "data": payload(done, columns, list(keys.values()), links),
+    }
+    return {
+        "table": table,
+        "constants": [(column.head, text_of(done[column.name].iloc[0], column)) for column in same],
+        "front_text": front_goals(done)[1],
+        "front_count": int((done["mark"] < MARKS.index("")).sum()),
+    }
 
 
 def write_report(path: str | Path, *, with_pages: bool = False, **content: Any) -> Path:
@@ -162,7 +184,7 @@ def _template(name: str) -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("sweeps"),
+        loader=PackageLoader("sweeps.html"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -171,38 +193,46 @@ def _template(name: str) -> Any:
     return environment.get_template(name)
 
 
+def _shown(done: pd.DataFrame, selected: Collection[str]) -> pd.DataFrame:
+    """The extremes, the front (thinned where it is long) and the selected points, in the order of the table.
+
+    A column ``explained`` says whose cycles to account for.
+    """
+    unknown = set(selected) - set(done["key"])
+    if unknown:
+        raise InputError("points", [Problem(key, "no such point with a result") for key in sorted(unknown)])
+    if done.empty:
+        return done
+    front = done.index[done["mark"] < MARKS.index("")]
+    places = np.unique(np.linspace(0, len(front) - 1, min(len(front), MOST_DETAILS)).round().astype(int))
+    first = {done[name].idxmin() for name in ("latency_ms", "image_bytes", "energy_pj")}
+    first |= set(done.index[done["mark"] == MARKS.index("knee")][:MOST_DETAILS])
+    first |= set(done.index[done["key"].isin(list(selected))])
+    shown = done[done.index.isin(first | set(front[places]))]
+    by_rank = sorted(shown.index, key=lambda index: index not in first)  # a stable sort
+    return shown.assign(explained=shown.index.isin(by_rank[:MOST_EXPLAINED]))
+
+
 def _details(
+    shown: pd.DataFrame,
     done: pd.DataFrame,
     tables: Mapping[str, pd.DataFrame],
     keys: Mapping[str, str],
-    selected: Collection[str],
     explain: Explain | None,
-) -> list[Detail]:
-    """The extremes, the front (thinned where it is long) and the selected points, in the order of the table."""
-    unknown = [key for key in selected if key not in keys]
-    if unknown:
-        raise InputError("points", [Problem(key, "no such point with a result") for key in unknown])
-    front = done.index[done["mark"] < MARKS.index("")]
-    places = np.unique(np.linspace(0, len(front) - 1, min(len(front), MOST_DETAILS)).round().astype(int))
-    extremes = [done["latency_ms"].idxmin(), done["image_bytes"].idxmin(), done["energy_pj"].idxmin()]
-    extremes += list(done.index[done["mark"] == MARKS.index("knee")][:MOST_DETAILS])
-    chosen = {*front[places], *extremes, *done.index[done["key"].isin(list(selected))]}
-    shown = done[done.index.isin(chosen)]
-    first = {*extremes, *done.index[done["key"].isin(list(selected))]}
-    explained = list(dict.fromkeys([*(i for i in shown.index if i in first), *shown.index]))[:MOST_EXPLAINED]
+) -> Iterator[Detail]:
+    if shown.empty:
+        return
     columns, _ = varying(done)
     parts = {name: _by_key(tables[name], set(shown["key"])) for name in ("layers", "energy", "storage")}
-    return [
-        point_detail(
+    for _, row in shown.iterrows():
+        yield point_detail(
             row,
             {name: groups[row["key"]] for name, groups in parts.items()},
             columns,
             key=keys[row["key"]],
             mark=MARKS[row["mark"]],
-            explanation=explain(row) if explain is not None and index in explained else None,
+            explanation=explain(row) if explain is not None and row["explained"] else None,
         )
-        for index, row in shown.iterrows()
-    ]
 
 
 def _by_key(frame: pd.DataFrame, keys: Collection[str] | None = None) -> dict[str, pd.DataFrame]:
@@ -213,6 +243,8 @@ def _by_key(frame: pd.DataFrame, keys: Collection[str] | None = None) -> dict[st
 
 def _short_keys(keys: pd.Series) -> list[str]:
     """The first characters of each key, as many as tell all apart."""
+    if keys.empty:
+        return []
     texts = keys.astype(str)
     longest = int(texts.str.len().max())
     length = next((n for n in range(10, longest) if texts.str[:n].is_unique), longest)
