@@ -23,7 +23,7 @@ _LAYER_HEADS = {
     "latency_cycles": "cycles",
     "share": "% of all",
     "compute_cycles": "cycles of passes",
-    "utilization": "PEs busy (%)",
+    "utilization": "rows busy in passes (%)",
     "bound": "bound by",
     "dram_bytes": "DRAM (bytes)",
     "bits_per_weight": "bits per weight",

@@ -73,7 +73,7 @@ def repeated(tables: Tables, times: int) -> Tables:
         for name, table in tables.items():
             copy = table.assign(key=f"{i:03d}-" + table["key"])
             if name == "points":
-                copy = copy.assign(**on_machine(12.8 - i / 10))
+                copy = copy.assign(**on_machine(round(12.8 - i / 10, 1)))
                 copy["pruned"] = (copy["pruned"] * (1 - i / 1000)).round(6)
                 copy["latency_ms"] *= 1 + 0.01 * i
                 copy["accuracy_integer"] += 1e-5 * i + 0.002 * rng.normal(size=len(copy)).round(5)
