@@ -142,11 +142,14 @@ def report_subject(report: Report, source: str) -> Subject:
         names = ("block", "pruned", "unified", "all_layers", "seed", "batch")
         if missing := [name for name in names if name not in origin]:
             raise InputError(source, [Problem(f"origin.{name}", "missing", hint) for name in missing])
-        g_o, g_k = (int(size) for size in str(origin["block"]).split("x"))
-        random_map = RandomMap(
-            (g_o, g_k), origin["pruned"], origin["unified"], origin["all_layers"], origin["seed"]
-        )
-        return network_subject(report.network, report.machine, random_map, origin["batch"])
+        try:
+            g_o, g_k = (int(size) for size in str(origin["block"]).split("x"))
+            ratios = float(origin["pruned"]), float(origin["unified"])
+            random_map = RandomMap((g_o, g_k), *ratios, bool(origin["all_layers"]), int(origin["seed"]))
+            batch = int(origin["batch"])
+        except (TypeError, ValueError) as error:
+            raise InputError(source, Problem("origin", f"damaged: {error}", hint)) from None
+        return network_subject(report.network, report.machine, random_map, batch)
     if kind == "file":
         subject = file_subject(str(origin.get("file")), report.machine, int(origin.get("batch", 1)))
         if subject.origin["sha256"] != origin.get("sha256"):

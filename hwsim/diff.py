@@ -180,7 +180,8 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> pd.DataFram
 
 
 def _totals(before: Mapping[str, Any], after: Mapping[str, Any]) -> pd.DataFrame:
-    names = [name for name in (_TOTALS if "latency_cycles" in before else before) if name in after]
+    asked = _TOTALS if "latency_cycles" in before else tuple(before)
+    names = [name for name in asked if name in before and name in after]
     rows = [
         {
             "quantity": name,

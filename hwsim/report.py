@@ -251,10 +251,30 @@ def load_report(path: str | Path) -> Report:
         if isinstance(error, InputError):
             raise FormatError(source, error.problems) from None
         raise FormatError(source, Problem("", f"damaged: {error!r}", "simulate again")) from None
+    if missing := _missing(report):
+        raise FormatError(
+            source, [Problem(name, "missing, or not a number", "simulate again") for name in missing]
+        )
     if total != of_layers:
         damage = f"{total} in the summary, the layers have {of_layers}"
         raise FormatError(source, Problem("latency_cycles", damage, "the file was changed; simulate again"))
     return report
+
+
+def _missing(report: Report) -> list[str]:
+    """What later readers count on and a file that somebody changed may lack."""
+    numbers = ("latency_cycles", "energy_pj", "dram_bytes", "image_bytes")
+    problems = [f"layers.{name}" for name in ("layer", "bound") if name not in report.layers]
+    problems += [
+        f"layers.{name}"
+        for name in numbers
+        if name not in report.layers or report.layers[name].dtype.kind not in "iuf"
+    ]
+    return problems + [
+        f"summary.{name}"
+        for name in (*numbers, "latency_ms")
+        if not isinstance(report.summary.get(name), int | float)
+    ]
 
 
 def _number(value: Any) -> Any:

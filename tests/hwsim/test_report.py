@@ -83,6 +83,12 @@ def less_latency(data: dict[str, Any]) -> None:
         (change(provenance={"network": "x"}), "machine"),
         (lambda data: data["provenance"]["machine"].update(clock_mhz=-1), "clock_mhz"),
         (less_latency, "the file was changed"),
+        (
+            lambda data: data["layers"][0].update(energy_pj="much"),
+            r"layers\.energy_pj: missing, or not a number",
+        ),
+        (lambda data: [row.pop("bound") for row in data["layers"]], r"layers\.bound"),
+        (lambda data: data["summary"].pop("dram_bytes"), r"summary\.dram_bytes"),
         (lambda data: data.pop("warnings"), "warnings"),
     ],
 )

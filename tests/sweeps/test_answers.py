@@ -111,7 +111,13 @@ def test_a_report_whose_file_has_changed_is_not_explained(trained: Path, tmp_pat
     with pytest.raises(InputError, match="has changed since"):
         run("explain", tmp_path / "report.json")
     data = json.loads((tmp_path / "report.json").read_text())
-    for origin, words in (({}, "found None"), ({"kind": "random"}, "origin.seed: missing")):
+    random = {"kind": "random", "unified": 0.5, "all_layers": False, "seed": 0, "batch": 1}
+    for origin, words in (
+        ({}, "found None"),
+        ({"kind": "random"}, "origin.seed: missing"),
+        (random | {"block": "4by4", "pruned": 0.5}, "origin: damaged"),
+        (random | {"block": "4x4", "pruned": "half"}, "origin: damaged"),
+    ):
         data["provenance"]["origin"] = origin
         (tmp_path / "report.json").write_text(json.dumps(data))
         with pytest.raises(InputError, match=words):
