@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo", "figures", "report", "sweep"]
 
+_MOST_SIMULATED = 200  # points simulated again for figures, where a store holds totals only
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -51,7 +52,8 @@ def figures(results: Path, out: Path | None) -> None:
     from sweeps.store import ResultStore
 
     folder = out or results / "figures"
-    for path in _save_plots(_plots(_tables(ResultStore(_existing(results)))), folder):
+    tables, _ = _tables(ResultStore(_existing(results)), for_page=False)
+    for path in _save_plots(_plots(tables), folder):
         click.echo(path)
 
 
@@ -73,9 +75,9 @@ def report(results: Path, out: Path | None, chosen: tuple[str, ...], pages: bool
 
     store = ResultStore(_existing(results))
     path = out or results / "report.html"
-    tables = _tables(store)
+    tables, keys = _tables(store, chosen)
     plots = _plots(tables) if tables["points"]["error"].isna().any() else []
-    _write_report(store, tables, plots, path, chosen, with_pages=pages)
+    _write_report(store, tables, plots, path, keys, with_pages=pages)
     click.echo(path)
 
 
@@ -109,7 +111,7 @@ def demo(out: Path | None, quick: bool, workers: int | None) -> None:
     points = store.to_frame()
     table = points.drop(columns=[column for column in points if points[column].isna().all()])
     write_atomically(out / "points.csv", table.to_csv(index=False).encode())
-    tables = _tables(store)
+    tables, _ = _tables(store)
     plots = _plots(tables)
     _save_plots(plots, out / "figures")
     _write_report(store, tables, plots, out / "report.html")
@@ -200,10 +202,23 @@ def _plots(tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
         return paper_figures(tables, progress)
 
 
-def _tables(store: ResultStore) -> dict[str, pd.DataFrame]:
+def _tables(
+    store: ResultStore, chosen: tuple[str, ...] = (), *, for_page: bool = True
+) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """The tables with the details of all points that are shown, and the keys of the chosen ones."""
+    import pandas as pd
+
+    from sweeps.figures import drawn_points
+    from sweeps.html import shown_points
+    from sweeps.points import add_details, choose_point
     from sweeps.store import TABLES
 
-    return {name: store.to_frame(name) for name in TABLES}
+    tables = {name: store.to_frame(name) for name in TABLES}
+    points = tables["points"]
+    keys = [str(choose_point(points, choice)["key"]) for choice in chosen]
+    shown = [drawn_points(points).head(_MOST_SIMULATED)] + ([shown_points(points, keys)] if for_page else [])
+    with _bar("simulating") as progress:
+        return add_details(store, tables, pd.concat(shown), progress), keys
 
 
 def _save_plots(plots: list[Plot], folder: Path) -> list[Path]:
@@ -222,16 +237,14 @@ def _write_report(
     tables: dict[str, pd.DataFrame],
     plots: list[Plot],
     path: Path,
-    chosen: tuple[str, ...] = (),
+    selected: Sequence[str] = (),
     *,
     with_pages: bool = False,
 ) -> None:
     from hwsim.assumptions import ASSUMPTIONS
     from sweeps.html import write_report
-    from sweeps.points import choose_point
 
     runs = store.manifest()
-    points = tables["points"]
     with _bar("page") as progress:
         write_report(
             path,
@@ -240,7 +253,7 @@ def _write_report(
             plots=plots,
             manifest=runs,
             assumptions=ASSUMPTIONS,
-            selected=[str(choose_point(points, choice)["key"]) for choice in chosen],
+            selected=selected,
             explain=lambda row: _explanation(store, row),
             with_pages=with_pages,
             progress=progress,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from hwsim.errors import FormatError, InputError, Problem
+from hwsim.errors import FormatError, HwsimError, InputError, Problem
 from sweeps.pareto import knee_point
 from sweeps.summary import CLOSE_POINTS
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sweeps.space import Point
     from sweeps.store import ResultStore
 
-__all__ = ["CHOICES", "choose_point", "is_results", "point_subject", "split_choice"]
+__all__ = ["CHOICES", "add_details", "choose_point", "is_results", "point_subject", "split_choice"]
 
 CHOICES = ("best", "fastest", "smallest", "knee")
 """Words for a point; ``best`` is the fastest within a point of the dense accuracy, else the fastest."""
@@ -107,6 +108,47 @@ def point_subject(store: ResultStore, row: pd.Series) -> Subject:
         **accuracies,
     }
     return Subject(point.network, point.machine(_area_mm2), layers, origin)
+
+
+def add_details(
+    store: ResultStore,
+    tables: Mapping[str, pd.DataFrame],
+    rows: pd.DataFrame,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """The tables, with the layers, energy and storage of some points that the store has only the totals of.
+
+    They are simulated again; a point for which that is not possible (its weights are gone) stays without.
+
+    Parameters
+    ----------
+    store : ResultStore
+    tables : mapping
+        ``points``, ``layers``, ``energy`` and ``storage``.
+    rows : DataFrame
+        Rows of ``points``.
+    progress : callable, optional
+        Called with the points that are done and with how many there are.
+    """
+    without = rows[~rows["key"].isin(tables["layers"]["key"].unique())].drop_duplicates("key")
+    parts: dict[str, list[pd.DataFrame]] = {name: [tables[name]] for name in ("layers", "energy", "storage")}
+    for done, (_, row) in enumerate(without.iterrows(), 1):
+        try:
+            report = point_subject(store, row).simulate()
+        except HwsimError:
+            continue
+        layers = report.layers.assign(utilization=report.layers["pe_utilization"])
+        details = {"layers": layers, "energy": report.energy, "storage": report.storage}
+        for name, frame in details.items():
+            known = [column for column in tables[name].columns if column in frame]
+            parts[name].append(frame[known].assign(key=row["key"]))
+        if progress is not None:
+            progress(done, len(without))
+    filled = {
+        name: pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+        for name, frames in parts.items()
+    }
+    return {**tables, **filled}
 
 
 def _point(store: ResultStore, row: pd.Series, source: str) -> Point:

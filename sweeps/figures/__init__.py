@@ -7,12 +7,13 @@ from sweeps.figures.bars import energy_plot, storage_plot
 from sweeps.figures.base import Plot, save_plot, to_image, to_svg
 from sweeps.figures.dots import accuracy_plot, bandwidth_plot, ratio_plot, speedup_plot
 from sweeps.figures.fronts import pareto_plot, roofline_plot
-from sweeps.figures.paper import paper_figures
+from sweeps.figures.paper import drawn_points, paper_figures
 
 __all__ = [
     "Plot",
     "accuracy_plot",
     "bandwidth_plot",
+    "drawn_points",
     "energy_plot",
     "paper_figures",
     "pareto_plot",

@@ -17,7 +17,7 @@ from sweeps.figures.fronts import pareto_plot, roofline_plot
 from sweeps.points import choose_point
 from sweeps.summary import identity_columns
 
-__all__ = ["paper_figures"]
+__all__ = ["drawn_points", "paper_figures"]
 
 
 def paper_figures(
@@ -57,6 +57,13 @@ def paper_figures(
     return plots
 
 
+def drawn_points(points: pd.DataFrame) -> pd.DataFrame:
+    """The points whose layers, energy and storage the figures show: those at the setting of the best of each network."""
+    done = points[points["error"].isna()]
+    groups = [group for _, group in done.groupby("network", sort=False)]
+    return pd.concat([done.iloc[:0], *(_at_setting_of(choose_point(g, "best"), g)[0] for g in groups)])
+
+
 def _drawings(points: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> list[Callable[[], Plot]]:
     """What draws the figures of one network, one by one."""
     best = choose_point(points, "best")
@@ -76,11 +83,14 @@ def _drawings(points: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> list[
     at_setting: list[Callable[[], Plot]] = [partial(speedup_plot, shown), partial(bandwidth_plot, shown)]
     if len(trained):
         at_setting += [partial(ratio_plot, trained), partial(accuracy_plot, trained)]
-    at_setting += [
-        partial(storage_plot, shown, tables["storage"]),
-        partial(energy_plot, shown, tables["energy"]),
-        roofline,
-    ]
+    detailed = shown[shown["key"].isin(tables["storage"]["key"].unique())]
+    if len(detailed):  # a store of very many points has totals only
+        at_setting += [
+            partial(storage_plot, detailed, tables["storage"]),
+            partial(energy_plot, detailed, tables["energy"]),
+        ]
+    if (layers["key"] == best["key"]).any():
+        at_setting.append(roofline)
     fronts: list[Callable[[], Plot]] = [partial(pareto_plot, all_trained)] if len(all_trained) else []
     fronts.append(partial(pareto_plot, points, "energy_pj"))
     if points["area_mm2"].nunique() > 1:

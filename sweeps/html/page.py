@@ -21,7 +21,7 @@ from sweeps.summary import summarise
 if TYPE_CHECKING:
     from hwsim.explain import Explanation
 
-__all__ = ["MOST_DETAILS", "PAGE_ROWS", "render_report", "write_report"]
+__all__ = ["MOST_DETAILS", "PAGE_ROWS", "render_report", "shown_points", "write_report"]
 
 MOST_DETAILS = 40
 """Points of the front that the page shows at length; of a longer front evenly many along it."""
@@ -78,8 +78,7 @@ def render_report(
     sentences = summarise(points)
     failed = points[points["error"].notna()] if "error" in points else points.iloc[:0]
     done = points.drop(failed.index)
-    if len(done):
-        done = done.assign(mark=front_marks(done)).sort_values(["mark", "latency_ms"], kind="stable")
+    done = _marked(done)
     shown = _shown(done, selected)
     tell = _Tally(len(shown) + len(plots), progress)
     keys = dict(zip(done["key"], _short_keys(done["key"]), strict=True))
@@ -169,7 +168,7 @@ def _write_pages(folder: Path, back: str, title: str, tables: Mapping[str, pd.Da
     template = _template("point.html")
     rows = done.assign(mark=marks).iterrows()
     for (_, row), key in zip(rows, _short_keys(done["key"]), strict=True):
-        own = {name: groups[row["key"]] for name, groups in parts.items()}
+        own = {name: groups.get(row["key"], tables[name].iloc[:0]) for name, groups in parts.items()}
         detail = point_detail(row, own, columns, key=key, mark=MARKS[row["mark"]])
         text = template.render(title=title, point=detail, back=back)
         write_atomically(folder / f"{key}.html", text.encode())
@@ -191,6 +190,24 @@ def _template(name: str) -> Any:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
+
+
+def shown_points(points: pd.DataFrame, selected: Collection[str] = ()) -> pd.DataFrame:
+    """The points that the page of `render_report` shows layer by layer.
+
+    Raises
+    ------
+    InputError
+        A selected key belongs to no point with a result.
+    """
+    return _shown(_marked(points[points["error"].isna()]), selected)
+
+
+def _marked(done: pd.DataFrame) -> pd.DataFrame:
+    """The points in the order of the page, with their marks."""
+    if done.empty:
+        return done
+    return done.assign(mark=front_marks(done)).sort_values(["mark", "latency_ms"], kind="stable")
 
 
 def _shown(done: pd.DataFrame, selected: Collection[str]) -> pd.DataFrame:
@@ -224,10 +241,11 @@ def _details(
         return
     columns, _ = varying(done)
     parts = {name: _by_key(tables[name], set(shown["key"])) for name in ("layers", "energy", "storage")}
+    nothing = {name: tables[name].iloc[:0] for name in parts}
     for _, row in shown.iterrows():
         yield point_detail(
             row,
-            {name: groups[row["key"]] for name, groups in parts.items()},
+            {name: groups.get(row["key"], nothing[name]) for name, groups in parts.items()},
             columns,
             key=keys[row["key"]],
             mark=MARKS[row["mark"]],

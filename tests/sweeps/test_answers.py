@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -12,10 +13,12 @@ from click.testing import CliRunner
 
 from hwsim.cli import cli
 from hwsim.errors import InputError
-from sweeps.points import choose_point, point_subject, split_choice
+from sweeps.figures import paper_figures
+from sweeps.html import render_report
+from sweeps.points import add_details, choose_point, point_subject, split_choice
 from sweeps.runner import run_sweep
 from sweeps.space import Space, Training
-from sweeps.store import ResultStore
+from sweeps.store import TABLES, ResultStore
 
 TINY = Training(
     dataset="digits", train_images=300, test_images=100, dense_epochs=1, admm_epochs=1, retrain_epochs=1
@@ -198,6 +201,33 @@ def test_figures_and_report_of_a_sweep_with_axes(trained: Path, tmp_path: Path) 
     assert f'id="point-{key[:10]}"' in page
     assert page.count("Where the cycles went") >= 2
     assert "What would help" in page
+
+
+def test_a_store_with_totals_only_is_simulated_again(drawn: Path, tmp_path: Path) -> None:
+    store = ResultStore(drawn)
+    tables = {name: store.to_frame(name) for name in TABLES}
+    empty = {name: tables[name].iloc[:0] for name in ("layers", "energy", "storage")}
+    points = tables["points"]
+    filled = add_details(store, tables | empty, points)
+    for name in empty:
+        columns = [column for column in tables[name] if column in filled[name]]
+        expected, found = (
+            frame.sort_values(columns[:3], ignore_index=True)[columns]
+            for frame in (tables[name], filled[name])
+        )
+        pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+    assert add_details(store, tables, points)["layers"].shape == tables["layers"].shape
+    names = [plot.name for plot in paper_figures(tables | empty)]
+    assert "speedup" in names
+    assert "energy" not in names
+    text = render_report(title="t", tables=tables | empty, plots=[], manifest={"runs": []}, assumptions="")
+    assert '<details class="point"' in text
+    with_totals = tmp_path / "totals"
+    shutil.copytree(drawn, with_totals)
+    for name in empty:
+        shutil.rmtree(with_totals / name)
+    run("report", with_totals)
+    assert "fc1" in (with_totals / "report.html").read_text("utf-8")
 
 
 def test_results_show_themselves(drawn: Path, trained: Path) -> None:
