@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from hwsim.layer import Layer, LayerShape
     from hwsim.report import Report
 
-__all__ = ["parse_block", "simulate", "storage"]
+__all__ = ["is_file", "network_layers", "parse_block", "simulate", "storage", "write_tables"]
 
 
 def parse_block(text: str) -> tuple[int, int]:
@@ -75,31 +76,42 @@ def simulate(
 
     chosen = load_machine(machine)
     shape = parse_block(block) if block else chosen.array.block
-    if Path(model).suffix == ".safetensors" or Path(model).exists():
-        from compress.artifact import load_artifact
-
-        name, layers = Path(model).name, load_artifact(model).layers(batch)
-    else:
-        name = model
-        layers = _random_network(model, shape, pruned, unified, seed, batch, all_layers)
+    name, layers = network_layers(model, shape, pruned, unified, seed, batch, all_layers)
     report = run(chosen, layers, network=name)
     if out is not None:
-        _write_tables(report, out)
+        write_tables(report, ("layers", "energy", "storage", "area"), out)
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
         _print_report(report)
 
 
-def _random_network(
-    name: str, block: tuple[int, int], pruned: float, unified: float, seed: int, batch: int, all_layers: bool
-) -> list[Layer]:
+def network_layers(
+    model: str,
+    block: tuple[int, int],
+    pruned: float,
+    unified: float,
+    seed: int,
+    batch: int,
+    all_layers: bool,
+) -> tuple[str, list[Layer]]:
+    """``(name, layers)`` of a compressed model file, or of a network of the zoo with random block maps."""
+    if is_file(model):
+        from compress.artifact import load_artifact
+
+        return Path(model).name, load_artifact(model).layers(batch)
     from compress.zoo_shapes import zoo_shapes
     from hwsim.layer import random_layers
 
-    return random_layers(
-        zoo_shapes(name, batch), block, pruned, unified, seed, exempt_first_last=not all_layers
+    layers = random_layers(
+        zoo_shapes(model, batch), block, pruned, unified, seed, exempt_first_last=not all_layers
     )
+    return model, layers
+
+
+def is_file(model: str) -> bool:
+    """Whether a MODEL argument means a file, not a network of the zoo."""
+    return Path(model).suffix == ".safetensors" or Path(model).exists()
 
 
 def _print_report(report: Report) -> None:
@@ -122,15 +134,16 @@ def _print_report(report: Report) -> None:
     click.echo(str(report))
 
 
-def _write_tables(report: Report, folder: Path) -> None:
+def write_tables(result: Any, names: Sequence[str], folder: Path) -> None:
+    """Write the tables of a result as CSV and all of it as ``report.json``."""
     import json
 
     from compress.artifact import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("layers", "energy", "storage", "area"):
-        write_atomically(folder / f"{name}.csv", getattr(report, name).to_csv(index=False).encode())
-    write_atomically(folder / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+    for name in names:
+        write_atomically(folder / f"{name}.csv", getattr(result, name).to_csv(index=False).encode())
+    write_atomically(folder / "report.json", json.dumps(result.to_dict(), indent=1).encode())
 
 
 @click.command(

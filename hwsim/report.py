@@ -17,7 +17,7 @@ from hwsim.machine import Machine
 from hwsim.tables import time_text
 from hwsim.version import MODEL_VERSION
 
-__all__ = ["Report"]
+__all__ = ["Report", "package_versions", "plain_records"]
 
 _SUMMED = (
     "macs",
@@ -125,13 +125,11 @@ class Report:
 
     def provenance(self) -> dict[str, Any]:
         """The resolved configuration and the versions that made the numbers."""
-        packages = ("hwsim", "numpy", "numba", "pandas")
         return {
             "network": self.network,
             "machine": json.loads(self.machine.to_json()),
             "model_version": MODEL_VERSION,
-            "python": platform.python_version(),
-            "packages": {name: version(name) for name in packages},
+            **package_versions(),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,10 +137,10 @@ class Report:
         return {
             "provenance": self.provenance(),
             "summary": {name: _plain(value) for name, value in self.summary.items()},
-            "layers": _records(self.layers),
-            "energy": _records(self.energy),
-            "storage": _records(self.storage),
-            "area": _records(self.area),
+            "layers": plain_records(self.layers),
+            "energy": plain_records(self.energy),
+            "storage": plain_records(self.storage),
+            "area": plain_records(self.area),
             "warnings": list(self.warnings),
         }
 
@@ -175,6 +173,12 @@ class Report:
         return f"<pre>{html.escape(str(self))}</pre>{table}"
 
 
+def package_versions() -> dict[str, Any]:
+    """Versions of Python and of the packages that make the numbers."""
+    packages = ("hwsim", "numpy", "numba", "pandas")
+    return {"python": platform.python_version(), "packages": {name: version(name) for name in packages}}
+
+
 def _plain(value: Any) -> Any:
     """JSON has neither NumPy scalars nor not-a-number."""
     if isinstance(value, np.generic):
@@ -184,5 +188,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def plain_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON-able values; not-a-number becomes null."""
     return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
