@@ -33,9 +33,9 @@ __all__ = ["BitmapArray", "bitmap_array", "chunk_sizes", "pass_cycles", "run_bit
 FILTERS_PER_UNIT = 2
 """Greedy balancing puts so many filters on a unit."""
 UNITS_PER_CLUSTER = 32
-"""Units of a cluster: SparTen's."""
+"""Units of a cluster: SparTen's, quoted second hand; the paper's text was not at hand to confirm it."""
 CHUNK = 128
-"""Positions of a chunk: SparTen's."""
+"""Positions of a chunk: SparTen's, quoted second hand as well."""
 
 
 @dataclass(frozen=True)
