@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ __all__ = ["compare"]
     "baselines",
     multiple=True,
     metavar="NAME",
-    help="A machine to compare with: dense, ws, ws-overlap, os, os-overlap, 2:4, channels, channels-ws, bitmap; again "
+    help="A machine to compare with: dense, ws, ws-overlap, os, os-overlap, 2:4, 2:4-ws, channels, channels-ws, bitmap; again "
     "for more. Default: all.",
 )
 @click.option(
@@ -92,14 +94,16 @@ def compare(
     chosen = load_machine(machine)
     shape = parse_block(block) if block else chosen.array.block
     name, layers = network_layers(model, shape, pruned, unified, seed, batch, all_layers)
-    found = run(
-        chosen,
-        layers,
-        network=name,
-        baselines=baselines or None,
-        weights=None if weights is None else _dense_weights(weights, layers),
-        seed=seed,
-    )
+    with _progress_bar() as progress:
+        found = run(
+            chosen,
+            layers,
+            network=name,
+            baselines=baselines or None,
+            weights=None if weights is None else _dense_weights(weights, layers),
+            seed=seed,
+            progress=progress,
+        )
     if out is not None:
         write_tables(found, ("machines", "layers"), out)
     if as_json:
@@ -108,6 +112,25 @@ def compare(
         click.echo(found.machines.to_csv(index=False), nl=False)
     else:
         click.echo(str(found))
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over the machines with an estimate of the time left, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total)
 
 
 def _dense_weights(path: Path, layers: list[Layer]) -> dict[str, NDArray]:

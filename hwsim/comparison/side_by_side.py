@@ -15,7 +15,7 @@ from hwsim.comparison.blocks import dense_array, dense_layer, kept_weights, run_
 from hwsim.comparison.channels import prune_channels
 from hwsim.comparison.cost import MachineCost, largest
 from hwsim.comparison.patterns import Pattern
-from hwsim.comparison.structured import StructuredArray, run_structured, structured_array
+from hwsim.comparison.structured import StructuredArray, run_structured, stored_share, structured_array
 from hwsim.comparison.systolic import Dataflow, SystolicArray, best_array, run_systolic
 from hwsim.comparison.table import Comparison
 from hwsim.errors import FitError, InputError, Problem, nearest_name
@@ -66,6 +66,7 @@ def compare(
     baselines: Sequence[str] | None = None,
     weights: Mapping[str, NDArray] | None = None,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """The cost of a compressed network on its machine, and of the same network on others with the pattern each needs.
 
@@ -86,6 +87,8 @@ def compare(
         Dense weights by the layer's name, of every layer: single weights are pruned by magnitude. Without, at random.
     seed : int
         Of the random patterns.
+    progress : callable or None
+        Told before each machine: what is computed, how many are done, of how many.
 
     Returns
     -------
@@ -116,10 +119,12 @@ def compare(
     ours = run_blocks(machine, layers, case.technology)
     rows: list[tuple[str, str, str, MachineCost]] = []
     warnings = []
-    for sizing in SIZINGS:
+    for index, sizing in enumerate(SIZINGS):
         rows.append((sizing, "block-skip", "blocks", ours))
-        for name in names:
+        for done, name in enumerate(names, index * len(names)):
             baseline = BASELINES[name]
+            if progress is not None:
+                progress(f"{name} at {sizing}", done, len(SIZINGS) * len(names))
             try:
                 cost = baseline.run(case, sizing)
             except FitError as error:
@@ -195,18 +200,29 @@ def _dense(case: _Case, sizing: Sizing, *, has_fewer_channels: bool) -> MachineC
 
 
 def _systolic(
-    case: _Case, sizing: Sizing, *, dataflow: Dataflow, is_overlapped: bool, has_fewer_channels: bool = False
+    case: _Case,
+    sizing: Sizing,
+    *,
+    dataflow: Dataflow,
+    is_overlapped: bool = True,
+    has_fewer_channels: bool = False,
+    is_structured: bool = False,
 ) -> MachineCost | None:
+    machine, technology = case.machine, case.technology
+    if is_structured:
+        stored_bytes = int(machine.weights.dense_kib * 1024 * stored_share(machine))
+        machine = machine.with_fields({"weights.dense_kib": stored_bytes / 1024})
     shapes = case.fewer_channels if has_fewer_channels else case.shapes
     array = best_array(
-        SystolicArray(1, 1, dataflow, is_overlapped),
+        SystolicArray(1, 1, dataflow, is_overlapped, is_structured=is_structured),
         shapes,
-        case.machine,
-        case.technology,
+        machine,
+        technology,
         multipliers=case.multipliers if sizing == "equal multipliers" else None,
         area_mm2=case.area_mm2,
+        is_pruned=case.is_pruned,
     )
-    return None if array is None else run_systolic(array, shapes, case.machine, case.technology)
+    return None if array is None else run_systolic(array, shapes, machine, technology, case.is_pruned)
 
 
 def _structured(case: _Case, sizing: Sizing) -> MachineCost | None:
@@ -253,14 +269,14 @@ class _Baseline:
 BASELINES: dict[str, _Baseline] = {
     "dense": _Baseline("none", partial(_dense, has_fewer_channels=False)),
     "ws": _Baseline("none", partial(_systolic, dataflow="weight_stationary", is_overlapped=False)),
-    "ws-overlap": _Baseline("none", partial(_systolic, dataflow="weight_stationary", is_overlapped=True)),
+    "ws-overlap": _Baseline("none", partial(_systolic, dataflow="weight_stationary")),
     "os": _Baseline("none", partial(_systolic, dataflow="output_stationary", is_overlapped=False)),
-    "os-overlap": _Baseline("none", partial(_systolic, dataflow="output_stationary", is_overlapped=True)),
+    "os-overlap": _Baseline("none", partial(_systolic, dataflow="output_stationary")),
     "2:4": _Baseline("2 of 4", _structured),
+    "2:4-ws": _Baseline("2 of 4", partial(_systolic, dataflow="weight_stationary", is_structured=True)),
     "channels": _Baseline("channels", partial(_dense, has_fewer_channels=True)),
     "channels-ws": _Baseline(
-        "channels",
-        partial(_systolic, dataflow="weight_stationary", is_overlapped=True, has_fewer_channels=True),
+        "channels", partial(_systolic, dataflow="weight_stationary", has_fewer_channels=True)
     ),
     "bitmap": _Baseline("elements", _bitmap),
 }

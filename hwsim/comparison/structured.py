@@ -23,7 +23,16 @@ from hwsim.mapping import map_layer
 from hwsim.simulator import LayerRun, layer_events, pass_counters
 from hwsim.technology import Technology
 
-__all__ = ["StructuredArray", "run_structured", "structured_array"]
+__all__ = [
+    "GROUP",
+    "KEPT",
+    "POSITION_BITS",
+    "StructuredArray",
+    "kept_of_groups",
+    "run_structured",
+    "stored_share",
+    "structured_array",
+]
 
 KEPT, GROUP = 2, 4
 POSITION_BITS = 2
@@ -31,6 +40,21 @@ POSITION_BITS = 2
 
 Source: Mishra et al., Accelerating Sparse Deep Neural Networks, arXiv 2104.08378, 2021 (the 2:4 format of NVIDIA's A100).
 """
+
+
+def stored_share(machine: Machine) -> float:
+    """Bits of a layer with the pattern over those of the dense layer."""
+    bits = machine.precision.weight_bits
+    return KEPT * (bits + POSITION_BITS) / (GROUP * bits)
+
+
+def kept_of_groups(shape: LayerShape) -> int:
+    """Weights that a layer with the pattern keeps; a last group of fewer than four keeps up to two.
+
+    >>> kept_of_groups(LayerShape("fc", "linear", in_channels=9, out_channels=2))
+    10
+    """
+    return shape.groups * shape.m * sum(min(KEPT, shape.k - first) for first in range(0, shape.k, GROUP))
 
 
 @dataclass(frozen=True)
@@ -93,9 +117,7 @@ def structured_array(machine: Machine, technology: Technology, rows: int) -> Str
     g_o, g_k = machine.array.block
     dense = dense_array(machine, technology, rows)
     wide = -(-g_k // GROUP) * GROUP
-    bits = machine.precision.weight_bits
-    share = KEPT * (bits + POSITION_BITS) / (GROUP * bits)
-    per_row = int(dense.weights.dense_kib * 1024 * share) // rows
+    per_row = int(dense.weights.dense_kib * 1024 * stored_share(machine)) // rows
     return StructuredArray(
         dense.with_fields(
             {
@@ -159,7 +181,7 @@ def _pruned_layer(array: StructuredArray, shape: LayerShape, technology: Technol
         energy_per_event(array.half, technology).event_pj("dense_column_blocks")
         + _selection_pj(machine, technology)
     )
-    kept = shape.groups * shape.m * sum(min(KEPT, shape.k - first) for first in range(0, shape.k, GROUP))
+    kept = kept_of_groups(shape)
     return LayerCost(
         layer=shape.name,
         weight_count=shape.weight_count,

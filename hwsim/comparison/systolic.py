@@ -1,4 +1,4 @@
-"""Dense systolic arrays: weight stationary and output stationary, by their closed forms.
+"""Systolic arrays: weight stationary and output stationary, by their closed forms; weight stationary also with 2:4 sparsity.
 
 ``positions`` is what a layer calls n (output positions), ``reduction`` its k, ``filters`` its m.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from hwsim.area import Memory, machine_area
+from hwsim.area import Memory, log2_ceil, machine_area
 from hwsim.comparison.cost import (
     ENERGY_PARTS,
     LayerCost,
@@ -20,6 +20,7 @@ from hwsim.comparison.cost import (
     pj_per_bit,
     requantizer_pj,
 )
+from hwsim.comparison.structured import GROUP, KEPT, POSITION_BITS, kept_of_groups
 from hwsim.errors import InputError, Problem
 from hwsim.image import CHANNEL_BYTES
 from hwsim.layer import LayerShape
@@ -38,7 +39,7 @@ ASPECT_LIMIT = 4
 
 @dataclass(frozen=True)
 class SystolicArray:
-    """An array of processing elements (PEs) with one multiplier each, operands moving one PE per cycle.
+    """An array of processing elements (PEs), operands moving one PE per cycle.
 
     Attributes
     ----------
@@ -51,6 +52,10 @@ class SystolicArray:
     accumulator_rows : int
         Weight stationary: output positions for which the accumulator memory below the array has room. With overlap the
         positions are cut into runs of so many; the published closed form knows no such limit.
+    is_structured : bool
+        Weight stationary with 2:4 sparsity: a PE has two multipliers for the two kept weights of a group of four, four
+        activations pass it, and it picks two. A layer without the pattern gives it two reduction positions instead.
+        Source: after the PEs of Jeong et al., VEGETA, HPCA 2023, arXiv 2302.08687, reduced to 2:4.
     """
 
     rows: int
@@ -58,6 +63,7 @@ class SystolicArray:
     dataflow: Dataflow
     is_overlapped: bool = False
     accumulator_rows: int = 512
+    is_structured: bool = False
 
     def __post_init__(self) -> None:
         problems = [
@@ -67,8 +73,26 @@ class SystolicArray:
         ]
         if self.dataflow not in DATAFLOWS:
             problems.append(Problem("dataflow", f'"{self.dataflow}"', f"allowed: {', '.join(DATAFLOWS)}"))
+        elif self.is_structured and self.dataflow != "weight_stationary":
+            problems.append(Problem("is_structured", "True", "only for weight_stationary"))
         if problems:
             raise InputError("systolic array", problems)
+
+    @property
+    def multipliers(self) -> int:
+        """Multipliers of all PEs."""
+        return self.rows * self.columns * (KEPT if self.is_structured else 1)
+
+    @property
+    def activations_per_pe(self) -> int:
+        """Activations that pass a PE side by side: those of a whole group with 2:4 sparsity."""
+        return GROUP if self.is_structured else 1
+
+    def reduction(self, shape: LayerShape, is_pruned: bool) -> int:
+        """The reduction of a layer in what one PE takes at a time."""
+        if not self.is_structured:
+            return shape.k
+        return -(-shape.k // (GROUP if is_pruned else KEPT))
 
 
 def systolic_cycles(array: SystolicArray, positions: int, reduction: int, filters: int) -> int:
@@ -113,15 +137,21 @@ def _silicon(array: SystolicArray, machine: Machine, technology: Technology) -> 
     precision, rows, columns = machine.precision, array.rows, array.columns
     pes, words = rows * columns, min(columns, machine.output.words_per_cycle)
     sum_bits = _sum_bits(array, machine)
-    pe_um2 = technology.multiplier_um2(precision.weight_bits, precision.activation_bits)
-    pe_um2 += technology.adder_um2(sum_bits)
+    lanes = KEPT if array.is_structured else 1
+    pe_um2 = lanes * (
+        technology.multiplier_um2(precision.weight_bits, precision.activation_bits)
+        + technology.adder_um2(sum_bits)
+    )
+    if array.is_structured:
+        pe_um2 += lanes * (GROUP - 1) * precision.activation_bits * technology.gate_um2
     cell_um2 = pes * pe_um2 + technology.control_gates.value * technology.gate_um2
     # words that enter a row (or column) together wait in a triangle of registers for their turn
-    skew_bits = rows * (rows - 1) // 2 * precision.activation_bits
+    activation_bits = array.activations_per_pe * precision.activation_bits
+    skew_bits = rows * (rows - 1) // 2 * activation_bits
     memories = _memories(array, machine)
     if array.dataflow == "weight_stationary":
-        held_bits = precision.weight_bits * (2 if array.is_overlapped else 1) + precision.activation_bits
-        held_bits += sum_bits
+        held_bits = _pe_weight_bits(array, machine) * (2 if array.is_overlapped else 1)
+        held_bits += activation_bits + sum_bits
         cell_um2 += columns * technology.adder_um2(precision.accumulator_bits)
     else:
         held_bits = precision.weight_bits + precision.activation_bits + 2 * sum_bits
@@ -135,12 +165,19 @@ def _silicon(array: SystolicArray, machine: Machine, technology: Technology) -> 
     return Silicon(cell_um2, pes * held_bits + skew_bits + words * requantizer_bits, memories)
 
 
+def _pe_weight_bits(array: SystolicArray, machine: Machine) -> int:
+    """Bits of the weights that a PE holds, with their positions."""
+    bits = machine.precision.weight_bits
+    return KEPT * (bits + POSITION_BITS) if array.is_structured else bits
+
+
 def _sum_bits(array: SystolicArray, machine: Machine) -> int:
     """Width of the sums in a PE: weight stationary those of one column, which cannot overflow."""
     precision = machine.precision
     if array.dataflow == "output_stationary":
         return precision.accumulator_bits
-    column_bits = precision.weight_bits + precision.activation_bits + (array.rows - 1).bit_length()
+    summed = array.rows * (KEPT if array.is_structured else 1)
+    column_bits = precision.weight_bits + precision.activation_bits + (summed - 1).bit_length()
     return min(column_bits, precision.accumulator_bits)
 
 
@@ -148,9 +185,13 @@ def _memories(array: SystolicArray, machine: Machine) -> dict[str, Memory]:
     precision = machine.precision
     memories = {
         "activation": Memory(
-            1, machine.activation_buffer.size_kib * 8192, array.rows * precision.activation_bits
+            1,
+            machine.activation_buffer.size_kib * 8192,
+            array.rows * array.activations_per_pe * precision.activation_bits,
         ),
-        "weight": Memory(1, machine.weights.dense_kib * 8192, array.columns * precision.weight_bits),
+        "weight": Memory(
+            1, machine.weights.dense_kib * 8192, array.columns * _pe_weight_bits(array, machine)
+        ),
         "output": Memory(
             1,
             machine.output.size_kib * 8192,
@@ -186,8 +227,8 @@ class _Traffic:
 
 
 @lru_cache(maxsize=4096)
-def _traffic(shape: LayerShape, machine: Machine) -> _Traffic:
-    """Transfers of a dense layer through the buffers of ``machine``.
+def _traffic(shape: LayerShape, weight_bits: int, machine: Machine) -> _Traffic:
+    """Transfers of a layer with so many bits of weights through the buffers of ``machine``.
 
     As in the steps of the block-skip machine, what fits its memory whole is loaded once, before the array begins; of the rest
     the first half buffer is; everything else overlaps the array, but for the last half buffer of outputs. Where neither weights
@@ -195,7 +236,7 @@ def _traffic(shape: LayerShape, machine: Machine) -> _Traffic:
     """
     lowered = lower_machine(machine)
     precision = machine.precision
-    weights = -(-shape.weight_count * precision.weight_bits // 8) + shape.out_channels * CHANNEL_BYTES
+    weights = -(-weight_bits // 8) + shape.out_channels * CHANNEL_BYTES
     width = shape.input_size[-1] if shape.kind == "conv" else 1
     depth = shape.in_channels // shape.groups if shape.kind == "conv" else shape.k
     inputs = sum(-(-rows * width * depth * precision.activation_bits // 8) for rows in needed_runs(shape))
@@ -228,35 +269,70 @@ def _traffic(shape: LayerShape, machine: Machine) -> _Traffic:
     )
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A layer on an array: what is stored and done, whichever way."""
+
+    shape: LayerShape
+    is_pruned: bool
+    kept: int
+    weight_bits: int
+
+    @classmethod
+    def of(cls, array: SystolicArray, machine: Machine, shape: LayerShape, is_pruned: bool) -> _Work:
+        bits = machine.precision.weight_bits
+        if not (array.is_structured and is_pruned):
+            return cls(shape, False, shape.weight_count, shape.weight_count * bits)
+        kept = kept_of_groups(shape)
+        return cls(shape, True, kept, kept * (bits + POSITION_BITS))
+
+    def compute_cycles(self, array: SystolicArray) -> int:
+        reduction = array.reduction(self.shape, self.is_pruned)
+        return self.shape.groups * systolic_cycles(array, self.shape.n, reduction, self.shape.m)
+
+    def latency_cycles(self, array: SystolicArray, machine: Machine) -> int:
+        traffic = _traffic(self.shape, self.weight_bits, machine)
+        return traffic.latency_cycles(self.compute_cycles(array))
+
+
 def run_systolic(
-    array: SystolicArray, shapes: Sequence[LayerShape], machine: Machine, technology: Technology
+    array: SystolicArray,
+    shapes: Sequence[LayerShape],
+    machine: Machine,
+    technology: Technology,
+    is_pruned: Sequence[bool] | None = None,
 ) -> MachineCost:
-    """Dense layers on a systolic array with the buffers, formats and channel of ``machine``."""
+    """Layers on a systolic array with the buffers, formats and channel of ``machine``.
+
+    ``is_pruned`` says which layers have the 2:4 pattern, for an array that makes use of it; none by default.
+    """
     silicon = _silicon(array, machine, technology)
-    layers = tuple(_layer(array, shape, machine, technology, silicon) for shape in shapes)
+    pruned = is_pruned or [False] * len(shapes)
+    works = [_Work.of(array, machine, *pair) for pair in zip(shapes, pruned, strict=True)]
+    size = f"{array.rows}x{array.columns}" + (f"x{KEPT}" if array.is_structured else "")
     return MachineCost(
-        array=f"{array.rows}x{array.columns}",
-        multipliers=array.rows * array.columns,
+        array=size,
+        multipliers=array.multipliers,
         area_mm2=silicon.area_mm2(technology),
-        layers=layers,
+        layers=tuple(_layer(array, work, machine, technology, silicon) for work in works),
     )
 
 
 def _layer(
-    array: SystolicArray, shape: LayerShape, machine: Machine, technology: Technology, silicon: Silicon
+    array: SystolicArray, work: _Work, machine: Machine, technology: Technology, silicon: Silicon
 ) -> LayerCost:
-    compute = shape.groups * systolic_cycles(array, shape.n, shape.k, shape.m)
-    traffic = _traffic(shape, machine)
-    latency = traffic.latency_cycles(compute)
-    energy = _dynamic_pj(array, shape, machine, technology, silicon.memories, traffic)
+    shape = work.shape
+    traffic = _traffic(shape, work.weight_bits, machine)
+    latency = work.latency_cycles(array, machine)
+    energy = _dynamic_pj(array, work, machine, technology, silicon.memories, traffic)
     energy["dram"] = traffic.dram_bytes * 8 * machine.dram.pj_per_bit
     energy["static"] = latency * silicon.static_pj_per_cycle(technology, machine.clock_mhz)
     return LayerCost(
         layer=shape.name,
         weight_count=shape.weight_count,
-        kept_weights=shape.weight_count,
-        products=shape.macs,
-        compute_cycles=compute,
+        kept_weights=work.kept,
+        products=work.kept * shape.n,
+        compute_cycles=work.compute_cycles(array),
         latency_cycles=latency,
         dram_bytes=traffic.dram_bytes,
         storage_bytes=traffic.storage_bytes,
@@ -266,21 +342,27 @@ def _layer(
 
 def _dynamic_pj(
     array: SystolicArray,
-    shape: LayerShape,
+    work: _Work,
     machine: Machine,
     technology: Technology,
     memories: dict[str, Memory],
     traffic: _Traffic,
 ) -> dict[str, float]:
     """Energy of the products, of what moves, and of the memories. PEs without a live weight or position cost nothing."""
-    precision = machine.precision
+    precision, shape = machine.precision, work.shape
     weight_bits, activation_bits = precision.weight_bits, precision.activation_bits
     sum_bits, outputs = _sum_bits(array, machine), shape.out_channels * shape.n
     adder_pj, register_pj = technology.adder_pj, technology.register_pj
     hop_pj = register_pj + _pitch_mm(array, machine, technology) * technology.wire_pj_per_mm
     filter_tiles = -(-shape.m // array.columns)
     activations = shape.groups * filter_tiles * shape.k * shape.n
-    per_product = technology.multiplier_pj(weight_bits, activation_bits) + adder_pj(sum_bits)
+    reduction = array.reduction(shape, work.is_pruned)
+    steps = shape.groups * shape.m * reduction * shape.n  # PEs that work in a cycle, summed
+    passing_bits = array.activations_per_pe if work.is_pruned or not array.is_structured else KEPT
+    passing_bits *= activation_bits
+    product_pj = technology.multiplier_pj(weight_bits, activation_bits) + adder_pj(sum_bits)
+    if array.is_structured:
+        product_pj += log2_ceil(GROUP) * activation_bits * technology.gate_pj
     read, write = zip(*(pj_per_bit(memory, technology) for memory in memories.values()), strict=True)
     reads, writes = dict(zip(memories, read, strict=True)), dict(zip(memories, write, strict=True))
     down = (array.rows + 1) / 2  # PEs that a word passes on its way into or out of a column, on average
@@ -288,26 +370,26 @@ def _dynamic_pj(
     stored = outputs * activation_bits * (reads["output"] + writes["output"])
     loaded = 8 * (traffic.input_bytes * writes["activation"] + traffic.weight_bytes * writes["weight"])
     if array.dataflow == "weight_stationary":
-        per_product += (activation_bits + sum_bits) * hop_pj
-        runs = -(-shape.n // array.accumulator_rows)
-        weights = shape.weight_count * (runs if array.is_overlapped else 1)
-        delivered = activations * skew_pj + weights * down * weight_bits * hop_pj
+        step_pj = (passing_bits + sum_bits) * hop_pj
+        runs = -(-shape.n // array.accumulator_rows) if array.is_overlapped else 1
+        held_bits = work.weight_bits * runs
+        delivered = activations * skew_pj + held_bits * down * hop_pj
         # the first tile along the reduction has nothing to read
-        updates = outputs * -(-shape.k // array.rows)
+        updates = outputs * -(-reduction // array.rows)
         bits = precision.accumulator_bits
         sums = updates * bits * writes["accumulator"] + (updates - outputs) * (
             bits * reads["accumulator"] + adder_pj(bits)
         )
         sums += outputs * bits * reads["accumulator"]
     else:
-        per_product += (activation_bits + weight_bits) * hop_pj + sum_bits * register_pj
-        weights = shape.weight_count * -(-shape.n // array.rows)
-        skew_weight_pj = (array.columns - 1) / 2 * weight_bits * register_pj
-        delivered = activations * skew_pj + weights * skew_weight_pj + outputs * down * sum_bits * hop_pj
+        step_pj = (passing_bits + weight_bits) * hop_pj + sum_bits * register_pj
+        held_bits = work.weight_bits * -(-shape.n // array.rows)
+        skew_bit_pj = (array.columns - 1) / 2 * register_pj
+        delivered = activations * skew_pj + held_bits * skew_bit_pj + outputs * down * sum_bits * hop_pj
         sums = 0.0
-    read_pj = activations * activation_bits * reads["activation"] + weights * weight_bits * reads["weight"]
+    read_pj = activations * activation_bits * reads["activation"] + held_bits * reads["weight"]
     return dict.fromkeys(ENERGY_PARTS, 0.0) | {
-        "array": shape.macs * per_product,
+        "array": work.kept * shape.n * product_pj + steps * step_pj,
         "delivery": delivered,
         "memories": read_pj + loaded + stored + sums,
         "requantizer": outputs * requantizer_pj(machine, technology),
@@ -317,9 +399,11 @@ def _dynamic_pj(
 def _pitch_mm(array: SystolicArray, machine: Machine, technology: Technology) -> float:
     """Side of the square tile of a PE."""
     precision, sum_bits = machine.precision, _sum_bits(array, machine)
-    bits = precision.weight_bits + precision.activation_bits + sum_bits
-    um2 = technology.multiplier_um2(precision.weight_bits, precision.activation_bits)
-    um2 += technology.adder_um2(sum_bits) + bits * technology.register_um2
+    lanes = KEPT if array.is_structured else 1
+    um2 = lanes * technology.multiplier_um2(precision.weight_bits, precision.activation_bits)
+    um2 += lanes * technology.adder_um2(sum_bits)
+    bits = _pe_weight_bits(array, machine) + array.activations_per_pe * precision.activation_bits + sum_bits
+    um2 += bits * technology.register_um2
     return math.sqrt(um2 * 1e-6 / technology.logic_utilization.value)
 
 
@@ -331,6 +415,7 @@ def best_array(
     *,
     multipliers: int | None = None,
     area_mm2: float | None = None,
+    is_pruned: Sequence[bool] | None = None,
 ) -> SystolicArray | None:
     """The array of so many multipliers, or within an area, with the lowest latency of the network; None where none fits.
 
@@ -338,20 +423,18 @@ def best_array(
     multipliers has no such pair of factors). Ties: the first, from few rows to many.
     """
     if multipliers is not None:
-        pairs = [(r, multipliers // r) for r in range(1, multipliers + 1) if multipliers % r == 0]
+        pes = max(1, multipliers // (KEPT if template.is_structured else 1))
+        pairs = [(r, pes // r) for r in range(1, pes + 1) if pes % r == 0]
         near = [pair for pair in pairs if max(pair) <= ASPECT_LIMIT * min(pair)]
         squarest = min(pairs, key=lambda pair: max(pair))
         candidates = [replace(template, rows=r, columns=c) for r, c in near or [squarest]]
     else:
         candidates = list(_within_area(template, machine, technology, area_mm2 or 0.0))
+    pruned = is_pruned or [False] * len(shapes)
+    works = [_Work.of(template, machine, *pair) for pair in zip(shapes, pruned, strict=True)]
     return min(
         candidates,
-        key=lambda array: sum(
-            _traffic(shape, machine).latency_cycles(
-                shape.groups * systolic_cycles(array, shape.n, shape.k, shape.m)
-            )
-            for shape in shapes
-        ),
+        key=lambda array: sum(work.latency_cycles(array, machine) for work in works),
         default=None,
     )
 

@@ -56,8 +56,8 @@ class Comparison:
         One row per machine and sizing: ``sizing, machine, pattern, array, multipliers, area_mm2, kept_share``; totals of the
         network, ``products, compute_cycles, overlap_bound_cycles, latency_cycles, latency_ms, dram_bytes, storage_bytes,
         energy_pj``; its energy by part, ``array_pj`` … ``static_pj``; and ``latency_ratio, energy_ratio`` to the block-skip
-        machine (above 1: worse). ``overlap_bound_cycles`` is what perfect overlap would leave of the latency: per layer the longer
-        of the array's cycles and the channel's.
+        machine (above 1: worse). ``overlap_bound_cycles`` is what perfect overlap would leave of the latency: per layer the
+        longer of the array's cycles and the channel's.
     layers : DataFrame
         The same per layer.
     patterns : {"random", "magnitude"}

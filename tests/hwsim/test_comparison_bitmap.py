@@ -27,8 +27,8 @@ def stepped_cluster(
 ) -> tuple[NDArray, list[int]]:
     """Outputs of one position and the cycles of each tile of filters.
 
-    Every cycle each unit takes the next one of its bitmap, multiplies and adds; the cluster goes on to the next chunk when every
-    unit is through and the chunk has arrived (``per_cycle`` activations a cycle).
+    Every cycle each unit takes the next one of its bitmap, multiplies and adds; the cluster goes on to the next chunk when
+    every unit is through and the chunk has arrived (``per_cycle`` activations a cycle).
     """
     filters, reduction = weights.shape
     outputs, taken = np.zeros(filters, np.int64), []

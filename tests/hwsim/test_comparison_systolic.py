@@ -34,7 +34,10 @@ TECHNOLOGY = load_technology("45nm-horowitz")
 
 
 def weight_stationary_tile(weights: NDArray, inputs: NDArray) -> tuple[NDArray, int]:
-    """One weight register per PE: load, then stream. ``[positions, C]`` and the cycles until the last sum is out."""
+    """One weight register per PE: load, then stream. ``[positions, C]`` and the cycles until the last sum is out.
+
+    A weight may be any object that multiplies what passes the PE.
+    """
     rows, columns = weights.shape
     held = [[0] * columns for _ in range(rows)]
     cycle = 0
@@ -48,7 +51,7 @@ def weight_stationary_tile(weights: NDArray, inputs: NDArray) -> tuple[NDArray, 
     start = cycle
     while left:
         t = cycle - start
-        x_next = [[None] * columns for _ in range(rows)]
+        x_next: list[list] = [[None] * columns for _ in range(rows)]
         sums_next = [[0] * columns for _ in range(rows)]
         for r, c in product(range(rows), range(columns)):
             fed = inputs[t - r][r] if 0 <= t - r < len(inputs) else None
@@ -226,6 +229,69 @@ def test_weight_stationary_tile_by_tile(
     )
 
 
+class TwoOfFour:
+    """What a PE with 2:4 sparsity holds: two kept weights and their positions among the four activations that pass."""
+
+    def __init__(self, group: NDArray) -> None:
+        positions = np.argsort(group == 0, kind="stable")[:2]
+        self.kept = [(int(group[at]), int(at)) for at in positions]
+
+    def __mul__(self, passing: NDArray) -> int:
+        return sum(weight * int(passing[at]) for weight, at in self.kept)
+
+
+@settings(deadline=None, max_examples=40)
+@given(size=sizes, gemm_size=gemms, seed=seeds)
+def test_weight_stationary_with_two_of_four(
+    size: tuple[int, int], gemm_size: tuple[int, int, int], seed: int
+) -> None:
+    (rows, columns), (positions, reduction, filters) = size, gemm_size
+    inputs, weights = gemm(seed, *gemm_size)
+    groups = -(-reduction // 4)
+    x = padded(inputs, positions, 4 * groups).reshape(positions, groups, 4)
+    w = padded(weights, 4 * groups, filters).reshape(groups, 4, filters)
+    rng = np.random.default_rng(seed)
+    for g, f in product(range(groups), range(filters)):
+        w[g, rng.permutation(4)[:2], f] = 0
+    result, cycles = np.zeros((positions, filters), np.int64), 0
+    for f, g in product(range(0, filters, columns), range(0, groups, rows)):
+        tile, passing = np.empty((rows, columns), object), np.zeros((positions, rows, 4), np.int64)
+        for r, c in product(range(rows), range(columns)):
+            is_live = g + r < groups and f + c < filters
+            tile[r, c] = TwoOfFour(w[g + r, :, f + c] if is_live else np.zeros(4, np.int64))
+        passing[:, : groups - g] = x[:, g : g + rows]
+        sums, taken = weight_stationary_tile(tile, passing)
+        live = min(columns, filters - f)
+        result[:, f : f + live] += sums[:, :live]
+        cycles += taken
+    assert (result == x.reshape(positions, -1) @ w.reshape(-1, filters)).all()
+    array = SystolicArray(rows, columns, "weight_stationary", is_structured=True)
+    shape = LayerShape("fc", "linear", in_channels=reduction, out_channels=filters)
+    assert array.reduction(shape, True) == groups
+    assert array.reduction(shape, False) == -(-reduction // 2)
+    assert cycles == systolic_cycles(array, positions, groups, filters)
+
+
+def test_two_of_four_costs_less_than_dense_on_the_same_array() -> None:
+    shapes = zoo_shapes("resnet18")
+    array = SystolicArray(16, 32, "weight_stationary", is_overlapped=True, is_structured=True)
+    assert array.multipliers == 1024
+    sparse = run_systolic(array, shapes, MACHINE, TECHNOLOGY, [True] * len(shapes))
+    dense = run_systolic(array, shapes, MACHINE, TECHNOLOGY)
+    assert sparse.area_mm2 == dense.area_mm2
+    for few, many in zip(sparse.layers, dense.layers, strict=True):
+        for field in ("compute_cycles", "latency_cycles", "dram_bytes", "storage_bytes", "products"):
+            assert getattr(few, field) < getattr(many, field)
+        assert sum(few.energy_pj.values()) < sum(many.energy_pj.values())
+        assert few.storage_bytes - 7 * few_channels(few.layer) == -(-few.kept_weights * 10 // 8)
+    plain = run_systolic(SystolicArray(16, 32, "weight_stationary", True), shapes, MACHINE, TECHNOLOGY)
+    assert plain.area_mm2 < sparse.area_mm2  # half the multipliers
+
+
+def few_channels(name: str) -> int:
+    return next(shape.out_channels for shape in zoo_shapes("resnet18") if shape.name == name)
+
+
 @settings(deadline=None, max_examples=40)
 @given(size=sizes, gemm_size=gemms, limit=st.integers(1, 10), seed=seeds)
 def test_weight_stationary_with_overlap(
@@ -386,3 +452,5 @@ def test_every_wrong_field_is_named() -> None:
     with pytest.raises(InputError) as error:
         SystolicArray(0, 4, "input_stationary", accumulator_rows=0)  # type: ignore[arg-type]
     assert [problem.field for problem in error.value.problems] == ["rows", "accumulator_rows", "dataflow"]
+    with pytest.raises(InputError, match="only for weight_stationary"):
+        SystolicArray(4, 4, "output_stationary", is_structured=True)
