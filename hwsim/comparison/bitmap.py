@@ -118,7 +118,7 @@ def bitmap_array(
     per_filter = int(machine.weights.dense_kib * 1024) // array.rows / g_o
     stored = min(1.0, kept_share) + 1 / precision.weight_bits
     per_row = max(int(per_filter * FILTERS_PER_UNIT * stored), FILTERS_PER_UNIT * precision.weight_bits)
-    arriving = max(1, g_k * array.columns // clusters)
+    arriving = min(max(1, g_k * array.columns // clusters), 256)  # the widest block of a description
     dense = dense_array(machine, technology, array.rows)
     return BitmapArray(
         dense.with_fields(

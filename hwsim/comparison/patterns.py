@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from hwsim.errors import InputError, Problem
 from hwsim.layer import LayerShape
 
 __all__ = ["Pattern"]
+
+DRAWN_CHUNK = 32
+"""Random patterns are drawn in chunks of so many positions, so that multiples of it see one and the same pattern."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +59,39 @@ class Pattern:
 
     def nonzeros(self, chunk: int) -> NDArray[np.int64]:
         """``int64[groups, m, chunks]``: kept weights of each filter in each chunk of the reduction."""
+        if self.kept == self.shape.weight_count:
+            return self._places(chunk)
+        if self.weights is not None:
+            starts = np.arange(0, self.shape.k, chunk)
+            return np.add.reduceat(self._largest, starts, axis=2, dtype=np.int64)
+        if chunk % DRAWN_CHUNK:
+            return self._drawn(chunk)
+        fine = self._drawn_fine
+        return np.add.reduceat(fine, np.arange(0, fine.shape[2], chunk // DRAWN_CHUNK), axis=2)
+
+    def _places(self, chunk: int) -> NDArray[np.int64]:
         starts = np.arange(0, self.shape.k, chunk)
         sizes = np.diff(np.append(starts, self.shape.k))
-        cells = (self.shape.groups, self.shape.m, starts.size)
-        if self.kept == self.shape.weight_count:
-            return np.broadcast_to(sizes, cells).copy()
-        if self.weights is None:
-            # the counts of a uniform draw, without drawing the places themselves
-            rng = np.random.default_rng(self.seed)
-            colors = np.broadcast_to(sizes, cells).reshape(-1)
-            return rng.multivariate_hypergeometric(colors, self.kept).reshape(cells).astype(np.int64)
-        mask = np.zeros(self.weights.size, bool)
-        mask[np.argsort(-np.abs(self.weights).reshape(-1), kind="stable")[: self.kept]] = True
-        return np.add.reduceat(mask.reshape(self.weights.shape), starts, axis=2, dtype=np.int64)
+        return np.broadcast_to(sizes, (self.shape.groups, self.shape.m, starts.size)).copy()
+
+    def _drawn(self, chunk: int) -> NDArray[np.int64]:
+        """The counts of a uniform draw, without drawing the places themselves."""
+        places = self._places(chunk)
+        rng = np.random.default_rng(self.seed)
+        return rng.multivariate_hypergeometric(places.reshape(-1), self.kept).reshape(places.shape)
+
+    @cached_property
+    def _drawn_fine(self) -> NDArray[np.int64]:
+        return self._drawn(DRAWN_CHUNK)
+
+    @cached_property
+    def _largest(self) -> NDArray[np.bool_]:
+        """``bool[groups, m, k]``: the kept weights."""
+        assert self.weights is not None
+        magnitudes = np.abs(self.weights).reshape(-1)
+        mask = np.zeros(magnitudes.size, bool)
+        if self.kept:
+            least = np.partition(magnitudes, magnitudes.size - self.kept)[magnitudes.size - self.kept]
+            mask = magnitudes > least
+            mask[np.flatnonzero(magnitudes == least)[: self.kept - np.count_nonzero(mask)]] = True
+        return mask.reshape(self.weights.shape)

@@ -35,6 +35,8 @@ Dataflow = Literal["weight_stationary", "output_stationary"]
 DATAFLOWS: tuple[Dataflow, ...] = ("weight_stationary", "output_stationary")
 ASPECT_LIMIT = 4
 """Widest over narrowest side of the arrays that `best_array` looks at."""
+MOST_BANKS = 16
+"""Source: assumption, the banks of the activation buffer of the preset msa-16x16; the way to more is not priced."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def _silicon(array: SystolicArray, machine: Machine, technology: Technology) -> 
     # words that enter a row (or column) together wait in a triangle of registers for their turn
     activation_bits = array.activations_per_pe * precision.activation_bits
     skew_bits = rows * (rows - 1) // 2 * activation_bits
-    memories = _memories(array, machine)
+    memories = _memories(array, machine, technology)
     if array.dataflow == "weight_stationary":
         held_bits = _pe_weight_bits(array, machine) * (2 if array.is_overlapped else 1)
         held_bits += activation_bits + sum_bits
@@ -181,28 +183,44 @@ def _sum_bits(array: SystolicArray, machine: Machine) -> int:
     return min(column_bits, precision.accumulator_bits)
 
 
-def _memories(array: SystolicArray, machine: Machine) -> dict[str, Memory]:
+def _memories(array: SystolicArray, machine: Machine, technology: Technology) -> dict[str, Memory]:
     precision = machine.precision
+    is_weight_stationary = array.dataflow == "weight_stationary"
+    row_bits = array.rows * array.activations_per_pe * precision.activation_bits
+    words = min(array.columns, machine.output.words_per_cycle)
     memories = {
-        "activation": Memory(
-            1,
-            machine.activation_buffer.size_kib * 8192,
-            array.rows * array.activations_per_pe * precision.activation_bits,
+        "activation": _banked(machine.activation_buffer.size_kib * 8192, row_bits, technology),
+        "weight": _banked(
+            machine.weights.dense_kib * 8192,
+            array.columns * _pe_weight_bits(array, machine),
+            technology,
+            is_busy=not is_weight_stationary,
         ),
-        "weight": Memory(
-            1, machine.weights.dense_kib * 8192, array.columns * _pe_weight_bits(array, machine)
-        ),
-        "output": Memory(
-            1,
-            machine.output.size_kib * 8192,
-            min(array.columns, machine.output.words_per_cycle) * precision.activation_bits,
-        ),
+        "output": Memory(1, machine.output.size_kib * 8192, words * precision.activation_bits),
     }
-    if array.dataflow == "weight_stationary":
-        # read and written in every cycle: two banks, even and odd positions
+    if is_weight_stationary:
+        # read and written in every cycle: even and odd positions lie in different banks
         word_bits = array.columns * precision.accumulator_bits
-        memories["accumulator"] = Memory(2, -(-array.accumulator_rows // 2) * word_bits, word_bits)
+        memories["accumulator"] = _banked(array.accumulator_rows * word_bits, word_bits, technology, least=2)
     return memories
+
+
+@lru_cache(maxsize=4096)
+def _banked(
+    capacity_bits: float, port_bits: int, technology: Technology, *, least: int = 1, is_busy: bool = True
+) -> Memory:
+    """A memory in up to `MOST_BANKS` banks, of which an access takes one.
+
+    As many as make the product of area and read energy smallest; the area alone where it is seldom read.
+    """
+
+    def price(banks: int) -> float:
+        macro = technology.memory(capacity_bits / banks, port_bits)
+        return banks * macro.area_mm2 * (macro.read_energy_pj if is_busy else 1.0)
+
+    counts = [2**power for power in range(MOST_BANKS.bit_length()) if 2**power >= least]
+    banks = min(counts, key=price)
+    return Memory(banks, capacity_bits / banks, port_bits)
 
 
 def systolic_area_mm2(array: SystolicArray, machine: Machine, technology: Technology) -> float:

@@ -154,6 +154,18 @@ def test_fewer_weights_cost_less(network: str) -> None:
     assert energies == sorted(energies)
 
 
+def test_energy_of_the_products_and_of_dram() -> None:
+    """A product picks an activation through 7 levels of 8 gates, and adds into 32 bits."""
+    shape = LayerShape("fc", "linear", in_channels=256, out_channels=64, batch=32)
+    (cost,) = run_bitmap(
+        bitmap_array(MACHINE, TECHNOLOGY, 32, 0.5), [Pattern(shape, 8192)], TECHNOLOGY
+    ).layers
+    product_pj = 7 * 8 * TECHNOLOGY.gate_pj + TECHNOLOGY.multiplier_pj(8, 8)
+    product_pj += TECHNOLOGY.adder_pj(32) + 32 * TECHNOLOGY.register_pj
+    assert cost.energy_pj["array"] == pytest.approx(8192 * 32 * product_pj)
+    assert cost.energy_pj["dram"] == cost.dram_bytes * 8 * 12.0
+
+
 def test_a_longer_chunk_waits_less_and_needs_more_area() -> None:
     shapes = zoo_shapes("resnet18")
     patterns = [Pattern(shape, shape.weight_count // 4) for shape in shapes]
@@ -177,6 +189,14 @@ def test_random_patterns_keep_exactly_so_many_and_follow_their_seed() -> None:
     assert (first <= chunk_sizes(shape.k, 16)).all()
     assert (first == Pattern(shape, 101, seed=(1, 2)).nonzeros(16)).all()
     assert (first != Pattern(shape, 101, seed=(1, 3)).nonzeros(16)).any()
+
+
+def test_chunks_of_one_random_pattern_agree() -> None:
+    pattern = Pattern(LayerShape("fc", "linear", in_channels=300, out_channels=7), 500)
+    fine, coarse = pattern.nonzeros(32), pattern.nonzeros(128)
+    assert coarse.shape == (1, 7, 3)
+    for c in range(3):
+        assert (fine[:, :, 4 * c : 4 * c + 4].sum(axis=2) == coarse[:, :, c]).all()
 
 
 def test_random_patterns_spread_as_draws_without_replacement() -> None:

@@ -113,6 +113,17 @@ def test_the_area_is_the_dense_machines_with_selection_and_a_smaller_memory() ->
     assert abs(array.area_mm2(TECHNOLOGY) - sum(own.values())) < 0.2  # adder trees of two, not of four
 
 
+def test_energy_of_a_block() -> None:
+    """8 products picked out of four activations each, two outputs' pairs added, 4 updates of 32 bits, per column."""
+    shape = linear("fc", 64, 64, batch=16)
+    (cost,) = run_structured(structured_array(MACHINE, TECHNOLOGY, 16), [shape], [True], TECHNOLOGY).layers
+    block_pj = 8 * (TECHNOLOGY.multiplier_pj(8, 8) + 2 * 8 * TECHNOLOGY.gate_pj)
+    block_pj += 4 * TECHNOLOGY.adder_pj(17)
+    block_pj += 4 * (TECHNOLOGY.adder_pj(32) + 32 * TECHNOLOGY.register_pj)
+    latched_pj = 2 * 4 * 8 * TECHNOLOGY.register_pj  # an operand is written twice
+    assert cost.energy_pj["array"] == pytest.approx(16 * 16 * 16 * (block_pj + latched_pj))
+
+
 def test_a_narrow_block_becomes_four_wide() -> None:
     machine = MACHINE.with_fields({"array.block": [4, 1], "array.multipliers": 4})
     array = structured_array(machine, TECHNOLOGY, 16)
