@@ -130,6 +130,10 @@ def compare(
             except FitError as error:
                 warnings.append(f"{name} at {sizing} cannot run this network: {error}")
                 continue
+            except InputError as error:
+                # such as memories so small that they hold less than one of its blocks
+                warnings.append(f"{name} at {sizing} cannot be built beside {machine.name}: {error}")
+                continue
             if cost is None:
                 warnings.append(f"{name} at {sizing}: not even the smallest array has room")
                 continue

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from compress.zoo_shapes import zoo_shapes
+from hwsim.comparison.cost import pj_per_bit
 from hwsim.comparison.systolic import (
     DATAFLOWS,
     SystolicArray,
+    _memories,
     best_array,
     run_systolic,
     systolic_area_mm2,
@@ -416,6 +418,38 @@ def test_energy_of_one_product_at_a_time() -> None:
     product_pj = TECHNOLOGY.multiplier_pj(8, 8) + TECHNOLOGY.adder_pj(16) + 24 * hop_pj
     assert cost.energy_pj["array"] == pytest.approx(30 * product_pj)
     assert cost.energy_pj["dram"] == cost.dram_bytes * 8 * 12.0
+
+
+@pytest.mark.parametrize("dataflow", DATAFLOWS)
+def test_energy_of_the_memories_and_of_delivery(dataflow: str) -> None:
+    """4 positions, 32 reduction, 64 filters on 16 x 16: 2 tiles along the reduction, 4 of filters, 1 of positions."""
+    shape = LayerShape("fc", "linear", in_channels=32, out_channels=64, batch=4)
+    array = SystolicArray(16, 16, dataflow)  # type: ignore[arg-type]
+    (cost,) = run_systolic(array, [shape], MACHINE, TECHNOLOGY).layers
+    memory = _memories(array, MACHINE, TECHNOLOGY)
+    assert memory["activation"].macros * memory["activation"].capacity_bits == 256 * 8192
+    read, write = ({name: pj_per_bit(part, TECHNOLOGY)[i] for name, part in memory.items()} for i in (0, 1))
+    expected = 8 * 128 * write["activation"] + 8 * (2048 + 448) * write["weight"]  # loaded once
+    expected += (
+        4 * 8 * 128 * read["activation"] + 8 * 2048 * read["weight"]
+    )  # inputs again for each filter tile
+    expected += 8 * 256 * (read["output"] + write["output"])
+    register_pj = TECHNOLOGY.register_pj
+    delivered = 4 * 128 * 7.5 * 8 * register_pj  # a row's inputs wait 0 … 15 cycles for their turn
+    bits = 8 + 8 + 4 if dataflow == "weight_stationary" else 32
+    held_bits = 16 + bits  # a weight, an activation, a sum
+    cell_um2 = TECHNOLOGY.multiplier_um2(8, 8) + TECHNOLOGY.adder_um2(bits)
+    pitch_mm = math.sqrt((cell_um2 + held_bits * TECHNOLOGY.register_um2) * 1e-6 / 0.7)
+    hop_pj = register_pj + pitch_mm * TECHNOLOGY.wire_pj_per_mm
+    if dataflow == "weight_stationary":
+        # 256 sums: written, read and added to, written, read
+        expected += 256 * 32 * (2 * write["accumulator"] + 2 * read["accumulator"])
+        expected += 256 * TECHNOLOGY.adder_pj(32)
+        delivered += 2048 * 8 * 8.5 * hop_pj  # a weight passes 1 … 16 PEs
+    else:
+        delivered += 2048 * 8 * 7.5 * register_pj + 256 * 32 * 8.5 * hop_pj
+    assert cost.energy_pj["memories"] == pytest.approx(expected)
+    assert cost.energy_pj["delivery"] == pytest.approx(delivered)
 
 
 @pytest.mark.parametrize("dataflow", DATAFLOWS)

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
 
 from compress.zoo_shapes import zoo_shapes
 from hwsim.comparison import BASELINES, Comparison, compare
@@ -14,9 +15,10 @@ from hwsim.comparison.bitmap import bitmap_array
 from hwsim.comparison.structured import structured_array
 from hwsim.errors import FitError, InputError
 from hwsim.layer import Layer, LayerShape, random_layers
-from hwsim.machine import load_machine
+from hwsim.machine import Machine, load_machine
 from hwsim.simulator import simulate
 from hwsim.technology import load_technology
+from tests.hwsim.strategies import layers_on_machines
 
 MACHINE = load_machine("msa-16x16")
 TECHNOLOGY = load_technology("45nm-horowitz")
@@ -180,6 +182,23 @@ def test_progress_is_told_before_each_machine() -> None:
     )
     assert [now[1:] for now in told] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert told[1][0] == "2:4 at equal multipliers"
+
+
+@settings(deadline=None, max_examples=15)
+@given(layers_on_machines())
+def test_any_layer_on_any_machine(case: tuple[Layer, Machine]) -> None:
+    """Machines whose memories hold next to nothing: a baseline runs within its bounds, or is left out with a reason."""
+    layer, machine = case
+    try:
+        found = compare(machine, [layer])
+    except FitError:
+        return
+    assert (found.layers["latency_cycles"] >= found.layers["overlap_bound_cycles"]).all()
+    assert len(found.machines) + len(found.warnings) >= 2 * (1 + len(BASELINES))
+    same_area = found.machines[found.machines["sizing"] == "equal area"]
+    assert (same_area["area_mm2"] <= row(found, "block-skip")["area_mm2"] * (1 + 1e-9)).all()
+    energies = [name for name in found.machines if name.endswith("_pj")]
+    assert (found.machines[energies] >= 0).all().all()
 
 
 def test_another_machine_and_technology() -> None:
