@@ -405,7 +405,31 @@ def test_what_fits_nowhere_is_loaded_again() -> None:
     weights, inputs, outputs = 1024 * 64 + 64 * 7, 16 * 1024, 64 * 16
     again = min(weights + -(-weights // 8192) * inputs, inputs + -(-inputs // 4096) * weights)
     assert abs(cost.dram_bytes - (again + outputs)) < 3 * 64
-    assert cost.latency_cycles >= cost.dram_bytes / 12.8
+    # half a buffer of each first, half a buffer of outputs (all of them) last, the rest beside the array
+    first, middle, last = (
+        math.ceil(-(-size // 64) * 64 / 12.8)
+        for size in (8192 + 4096, again + outputs - (8192 + 4096) - outputs, outputs)
+    )
+    assert middle > cost.compute_cycles
+    assert cost.latency_cycles == first + middle + last
+
+
+@pytest.mark.parametrize("dataflow", DATAFLOWS)
+def test_groups_are_as_many_layers(dataflow: str) -> None:
+    array = SystolicArray(16, 16, dataflow)  # type: ignore[arg-type]
+    geometry = ((9, 9), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+    one, both = (
+        run_systolic(
+            array,
+            [LayerShape("conv", "conv", 20 * groups, 24 * groups, *geometry, groups=groups)],
+            MACHINE,
+            TECHNOLOGY,
+        ).layers[0]
+        for groups in (1, 2)
+    )
+    assert both.compute_cycles == 2 * one.compute_cycles
+    for part in ("array", "delivery", "memories", "requantizer"):
+        assert both.energy_pj[part] == pytest.approx(2 * one.energy_pj[part])
 
 
 def test_energy_of_one_product_at_a_time() -> None:
