@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Comparison": "hwsim.comparison.table",
     "FitError": "hwsim.errors",
     "FormatError": "hwsim.errors",
     "HwsimError": "hwsim.errors",
@@ -19,6 +20,7 @@ _EXPORTS = {
     "LayerShape": "hwsim.layer",
     "Machine": "hwsim.machine",
     "Report": "hwsim.report",
+    "compare": "hwsim.comparison.side_by_side",
     "load_machine": "hwsim.machine",
     "preset_names": "hwsim.machine",
     "simulate": "hwsim.simulator",

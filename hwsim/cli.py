@@ -25,6 +25,10 @@ _COMMANDS = {
         "compress.cli_hardware:simulate",
         "Cycles, traffic, energy and area of a network on a machine.",
     ),
+    "compare": (
+        "compress.cli_compare:compare",
+        "Other machines on the same network, at equal multipliers and at equal area.",
+    ),
     "storage": ("compress.cli_hardware:storage", "Bytes and bits per weight for block shapes and ratios."),
     "passes": ("hwsim.commands:passes", "Counters of the passes of one array of block types."),
     "verify": (

@@ -23,7 +23,7 @@ from hwsim.kernels.steps import (
 from hwsim.layer import LayerShape
 from hwsim.lowering import LoweredMachine
 
-__all__ = ["Mapping", "column_units", "map_layer"]
+__all__ = ["Mapping", "column_units", "map_layer", "needed_runs", "transfers"]
 
 LoopOrder = Literal["weights outer", "columns outer"]
 Residence = Literal["whole", "grouped", "streamed"]
@@ -180,10 +180,10 @@ def map_layer(
     half_bits = machine.activation_bits_capacity // 2
     whole_cycles, whole_bytes = np.zeros(2, np.int64), np.zeros(2, np.int64)
     if weights_whole:
-        whole_cycles[0], whole_bytes[0] = _transfers(list(sizes.part_bytes.values()), machine)
+        whole_cycles[0], whole_bytes[0] = transfers(list(sizes.part_bytes.values()), machine)
     if input_whole:
-        whole_cycles[1], whole_bytes[1] = _transfers(
-            [-(-rows * units.width * units.element_bits // 8) for rows in _needed_runs(shape)], machine
+        whole_cycles[1], whole_bytes[1] = transfers(
+            [-(-rows * units.width * units.element_bits // 8) for rows in needed_runs(shape)], machine
         )
     best: Mapping | None = None
     for weights_outer in (1, 0):
@@ -257,7 +257,7 @@ def _units(
     gaps = []
     for split in (False, True):
         units = column_units(shape, config.columns, config.activation_bits, split)
-        whole_bits = sum(_needed_runs(shape)) * units.width * units.element_bits
+        whole_bits = sum(needed_runs(shape)) * units.width * units.element_bits
         input_whole = whole_bits <= machine.activation_bits_capacity
         output_bits = channels * int(units.positions.max()) * config.activation_bits
         input_demand = 0 if input_whole else widest_unit_bits(units)
@@ -288,7 +288,7 @@ def _gap(what: str, field: str, demand_bits: int, half_bits: int) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _needed_runs(shape: LayerShape) -> tuple[int, ...]:
+def needed_runs(shape: LayerShape) -> tuple[int, ...]:
     """Lengths of the runs of adjacent input rows that the layer needs at all; groups lie one behind the other."""
     needs, input_rows = _needed_rows(shape)
     needed = np.zeros(input_rows, bool)
@@ -298,7 +298,7 @@ def _needed_runs(shape: LayerShape) -> tuple[int, ...]:
     return tuple((ends - starts).tolist())
 
 
-def _transfers(sizes_bytes: list[int], machine: LoweredMachine) -> tuple[int, int]:
+def transfers(sizes_bytes: list[int], machine: LoweredMachine) -> tuple[int, int]:
     """``(cycles, bytes)`` of some transfers in plain Python integers."""
     config = machine.step_config
     bus = [-(-size // config.burst_bytes) * config.burst_bytes for size in sizes_bytes]

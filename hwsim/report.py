@@ -21,7 +21,7 @@ from hwsim.machine import Machine, parse_machine
 from hwsim.tables import time_text
 from hwsim.version import MODEL_VERSION
 
-__all__ = ["Report", "load_report"]
+__all__ = ["Report", "load_report", "package_versions", "plain_records"]
 
 FORMAT = "hwsim-report"
 FORMAT_VERSION = 1
@@ -47,14 +47,16 @@ _SUMMED = (
 )
 
 
+def package_versions() -> dict[str, Any]:
+    """Versions of Python and of the packages that make the numbers."""
+    packages = ("hwsim", "numpy", "numba", "pandas")
+    return {"python": platform.python_version(), "packages": {name: version(name) for name in packages}}
+
+
 @cache
 def _versions() -> dict[str, str]:
-    packages = ("hwsim", "numpy", "numba", "pandas")
-    return {
-        "model": MODEL_VERSION,
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+    versions = package_versions()
+    return {"model": MODEL_VERSION, "python": versions["python"], **versions["packages"]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +167,7 @@ class Report:
             "format_version": FORMAT_VERSION,
             "provenance": self.provenance(),
             "summary": {name: _plain(value) for name, value in self.summary.items()},
-            **{name: _records(getattr(self, name)) for name in _TABLES},
+            **{name: plain_records(getattr(self, name)) for name in _TABLES},
             "warnings": list(self.warnings),
         }
 
@@ -298,5 +300,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def plain_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON-able values; not-a-number becomes null."""
     return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]

@@ -34,7 +34,16 @@ from hwsim.oracle import COUNTERS
 from hwsim.report import Report
 from hwsim.technology import Technology, load_technology
 
-__all__ = ["LayerRun", "latency_parts", "layer_accumulator_bits", "pass_counters", "run_layer", "simulate"]
+__all__ = [
+    "LayerRun",
+    "check_layers",
+    "latency_parts",
+    "layer_accumulator_bits",
+    "layer_events",
+    "pass_counters",
+    "run_layer",
+    "simulate",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +184,7 @@ def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = 
     """
     if isinstance(machine, str):
         machine = load_machine(machine)
-    _check_layers(layers)
+    check_layers(layers, "simulate")
     technology = load_technology(machine.technology.table)
     dense_machine, equal_machine = _baselines(machine, technology)
     lowered = lower_machine(machine)
@@ -217,14 +226,15 @@ def _baselines(machine: Machine, technology: Technology) -> tuple[Machine, Machi
     return machine.with_fields(off), dense_at_equal_area(machine, technology)
 
 
-def _check_layers(layers: Sequence[Layer]) -> None:
+def check_layers(layers: Sequence[Layer], source: str) -> None:
+    """Refuse no layers, and two of one name; ``source`` is named in the message."""
     if not layers:
-        raise InputError("simulate", Problem("layers", "none given", "a network needs at least one layer"))
+        raise InputError(source, Problem("layers", "none given", "a network needs at least one layer"))
     names = [layer.name for layer in layers]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(
-            "simulate", Problem("layers", f"names used twice: {', '.join(twice)}", "give each its own")
+            source, Problem("layers", f"names used twice: {', '.join(twice)}", "give each its own")
         )
 
 
@@ -266,12 +276,13 @@ def _overflow_warnings(rows: list[dict[str, Any]], machine: Machine) -> list[str
 def _events(runs: list[LayerRun], machine: Machine) -> EventCounts:
     columns: dict[str, list[int]] = {}
     for run in runs:
-        for name, value in _layer_events(run, machine).items():
+        for name, value in layer_events(run, machine).items():
             columns.setdefault(name, []).append(value)
     return EventCounts(**{name: np.array(values, np.int64) for name, values in columns.items()})
 
 
-def _layer_events(run: LayerRun, machine: Machine) -> dict[str, int]:
+def layer_events(run: LayerRun, machine: Machine) -> dict[str, int]:
+    """What one layer does, by the names of `hwsim.energy.EventCounts`."""
     shape, mapping, precision = run.layer.shape, run.mapping, machine.precision
     g_o, g_k = machine.array.block
     _, unified, dense = run.blocks.sum(axis=(0, 1)).tolist()
