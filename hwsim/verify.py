@@ -18,12 +18,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsim.causal import NO_STALLS, Stalls, causal_timeline
 from hwsim.errors import FitError, InputError
 from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
 from hwsim.lowering import effective_types, lower_machine
 from hwsim.machine import Machine, load_machine, parse_machine
 from hwsim.oracle import COUNTERS, oracle_pass
-from hwsim.rtl_simulator import NO_STALLS, Mismatch, RtlResult, RtlSimulator, Stalls, run_steps
+from hwsim.program import Program, layer_program
+from hwsim.rtl_simulator import Mismatch, RtlResult, RtlSimulator
 from hwsim.simulator import LayerRun, run_layer
 
 __all__ = [
@@ -34,11 +36,11 @@ __all__ = [
     "check",
     "check_layer",
     "load_reproducer",
+    "pass_order",
     "random_spec",
     "reference_outputs",
     "segment_counters",
     "shrink",
-    "timeline_cycles",
     "verification_machine",
     "verify_machine",
 ]
@@ -275,16 +277,6 @@ def random_spec(seed: int) -> LayerSpec:
 # --- The references ---------------------------------------------------------------------------------------------------------
 
 
-def stalls(seed: int, port: int, cycle: int, share: int) -> bool:
-    """Whether a port (0 load, 1 fill, 2 drain) stalls in a cycle; the harness has the same function."""
-    x = (seed + 0x9E3779B9 * port + 0x85EBCA6B * cycle) & 0xFFFFFFFF
-    x ^= x >> 16
-    x = x * 0x7FEB352D & 0xFFFFFFFF
-    x ^= x >> 15
-    x = x * 0x846CA68B & 0xFFFFFFFF
-    return (x ^ (x >> 16)) & 255 < share
-
-
 def reference_outputs(layer: Layer, inputs: NDArray[np.int64], machine: Machine) -> NDArray[np.int64]:
     """``int64[out_channels, n]``: the layer in Python's exact integers, from the weights and not from the image."""
     bits = machine.precision.accumulator_bits
@@ -333,52 +325,12 @@ def segment_counters(run: LayerRun, machine: Machine) -> NDArray[np.int64]:
     return out
 
 
-def _passes(run: LayerRun, machine: Machine) -> Iterator[tuple[int, int, int, int]]:
-    """Group, row tile, first position and width of every pass in order."""
-    columns = machine.array.columns
-    for step in run_steps(run, machine):
-        for start in range(step.start, step.start + step.positions, columns):
+def pass_order(program: Program, columns: int) -> Iterator[tuple[int, int]]:
+    """Group and row tile of every pass in order."""
+    for step in program.steps:
+        for _ in range(0, step.positions, columns):
             for tile in range(step.first_tile, step.first_tile + step.tiles):
-                yield step.group, tile, start, min(columns, step.start + step.positions - start)
-
-
-def timeline_cycles(run: LayerRun, machine: Machine, with_stalls: Stalls) -> int:
-    """Cycles from the first fill to the end of the last drain by section 3's rules, ports stalling as told."""
-    config = lower_machine(machine).step_config
-    k_blocks = run.layer.types.shape[2]
-    begins = range(0, k_blocks, config.segment_words)
-    words = [min(config.segment_words, k_blocks - begin) for begin in begins]
-
-    def served(start: int, amount: int, per_cycle: int, port: int, share: int) -> int:
-        """The end of a transfer that begins in cycle `start`."""
-        left, cycle = -(-amount // per_cycle), start
-        if share == 0:
-            return start + left
-        while left:
-            left -= not stalls(with_stalls.seed, port, cycle, share)
-            cycle += 1
-        return cycle
-
-    def filled(start: int, segment: int) -> int:
-        return served(start, words[segment], config.fill_words, 1, with_stalls.fill)
-
-    passes = list(_passes(run, machine))
-    now = filled(0, 0)
-    outputs = 0
-    for index, (group, tile, start, width) in enumerate(passes):
-        drained = served(now, outputs, config.drain_words, 2, with_stalls.drain)
-        following = passes[index + 1] if index + 1 < len(passes) else None
-        for segment in range(len(words)):
-            end = now + int(run.counters[group, tile, segment, 0])
-            if segment + 1 < len(words):
-                end = max(end, filled(now, segment + 1))
-            elif following and (len(words) > 1 or (following[0], *following[2:]) != (group, start, width)):
-                end = max(end, filled(now, 0))
-            now = end
-        now = max(now, drained)
-        slots = run.order[group, tile * run.rows : (tile + 1) * run.rows]
-        outputs = int(run.sizes.channel_rows[slots].sum()) * width
-    return served(now, outputs, config.drain_words, 2, with_stalls.drain)
+                yield step.group, tile
 
 
 # --- The comparison ---------------------------------------------------------------------------------------------------------
@@ -401,19 +353,11 @@ def check_layer(
     result = simulator.run(run, inputs, with_stalls)
     where = f"machine {machine.name}, layer {layer.name}"
     _compare_counters(segment_counters(run, machine), run.counters, f"{where}: kernel against oracle")
-    expected = np.concatenate([run.counters[group, tile] for group, tile, _, _ in _passes(run, machine)])
+    program = layer_program(run, machine)
+    passes = pass_order(program, machine.array.columns)
+    expected = np.concatenate([run.counters[group, tile] for group, tile in passes])
     _compare_counters(expected, result.counters, f"{where}: RTL against oracle")
-    cycles = timeline_cycles(run, machine, with_stalls)
-    if result.layer_cycles != cycles:
-        raise Mismatch(f"{where}: the layer took {result.layer_cycles} cycles in RTL, {cycles} expected")
-    if with_stalls == Stalls(with_stalls.load, 0, 0, with_stalls.seed):
-        total = sum(
-            run.mapping.totals[name] for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles")
-        )
-        if result.layer_cycles != total:
-            raise Mismatch(
-                f"{where}: the layer took {result.layer_cycles} cycles in RTL, the mapper says {total}"
-            )
+    _compare_times(run, machine, program, with_stalls, result, where)
     reference = reference_outputs(run.layer, inputs, machine)
     if not np.array_equal(reference, result.outputs):
         channel, place = (int(i) for i in np.argwhere(reference != result.outputs)[0])
@@ -423,6 +367,41 @@ def check_layer(
             f"{int(reference[channel, place])} by the integer reference"
         )
     return result
+
+
+def _compare_times(
+    run: LayerRun, machine: Machine, program: Program, with_stalls: Stalls, result: RtlResult, where: str
+) -> None:
+    """The RTL's steps against the causal model; the mapper's against the same model without its waits."""
+    expected = causal_timeline(run, machine, program, with_stalls).ends
+    if result.ends != expected:
+        step = next(
+            (i for i, pair in enumerate(zip(expected, result.ends, strict=False)) if pair[0] != pair[1]),
+            min(len(expected), len(result.ends)),
+        )
+        found = result.ends[step] if step < len(result.ends) else "never"
+        raise Mismatch(f"{where}: end {step} of {len(expected)} (loads, steps, store) in cycle {found} in RTL, expected {expected[step:step + 1]}")
+    ideal = causal_timeline(run, machine, program, wait_for_inputs=False, wait_for_drains=False).ends
+    cost = run.mapping
+    load = int(cost.column("load_weight_cycles")[0] + cost.column("load_input_cycles")[0])
+    formula = [load, *(load + np.cumsum(cost.column("step_cycles"))).tolist(), cost.latency_cycles]
+    if list(ideal) != formula:
+        step = next(i for i, pair in enumerate(zip(ideal, formula, strict=True)) if pair[0] != pair[1])
+        raise Mismatch(f"{where}: end {step} (loads, steps, store) in cycle {formula[step]} by the mapper, {ideal[step]} in plain Python")
+    _compare_transfers(run, program, where)
+
+
+def _compare_transfers(run: LayerRun, program: Program, where: str) -> None:
+    """Cycles and bytes of every step's transfers: the compiled cost model against the list of them."""
+    def bus_bytes(sizes: list[int]) -> int:
+        return sum(-(-size // program.burst_bytes) * program.burst_bytes for size in sizes)
+
+    for index, step in enumerate(program.steps):
+        for name, transfers in (("load_weight", step.weights), ("load_input", step.inputs), ("store", (step.store,))):
+            found = (program.cycles(transfers), bus_bytes([transfer.size_bytes for transfer in transfers]))
+            mapped = tuple(int(run.mapping.column(f"{name}_{unit}")[index]) for unit in ("cycles", "bytes"))
+            if found != mapped:
+                raise Mismatch(f"{where}: step {index}, {name} is {mapped} (cycles, bytes) by the mapper, {found} transfer by transfer")
 
 
 def _compare_counters(expected: NDArray[np.int64], found: NDArray[np.int64], where: str) -> None:
@@ -441,7 +420,7 @@ def check(simulator: RtlSimulator, spec: LayerSpec) -> RtlResult | None:
     machine = simulator.machine
     layer = spec.layer(machine)
     try:
-        if run_layer(layer, machine).mapping.weight_residence != "whole":
+        if run_layer(layer, machine).mapping.weight_residence == "streamed":
             return None
     except FitError:
         return None

@@ -19,6 +19,7 @@ module array_row #(
     parameter int SIGN_BYTES = 64,
     parameter int MAGNITUDE_BYTES = 64,
     parameter int DENSE_BYTES = 64,
+    parameter int LANES = 1,
     parameter int MAX_TILES = 16,
     parameter int TILE_BITS = 4,
     parameter int COLUMN_BITS = 20
@@ -33,14 +34,14 @@ module array_row #(
     input  logic                                   pass_load,
     input  logic [TILE_BITS-1:0]                   tile,
     input  logic                                   live,
-    // Loading: bytes of the four streams, then the entry of the row's directory.
-    input  logic [3:0]                             write,
-    input  logic [31:0]                            write_byte,
-    input  logic [7:0]                             write_data,
-    input  logic                                   directory_write,
-    input  logic [TILE_BITS-1:0]                   directory_tile,
-    input  logic [127:0]                           directory_bases,
-    input  logic [31:0]                            directory_block_row,
+    // Loading: bytes of the four streams; the row's directory, of which a field is a stream's base or (4) the block row.
+    input  logic [4*LANES-1:0]                     write,
+    input  logic [32*LANES-1:0]                    write_byte,
+    input  logic [8*LANES-1:0]                     write_data,
+    input  logic [LANES-1:0]                       directory_write,
+    input  logic [2:0]                             directory_field,
+    input  logic [LANES*TILE_BITS-1:0]             directory_tile,
+    input  logic [32*LANES-1:0]                    directory_value,
     // Operands.
     output logic                                   request,
     output logic [COLUMN_BITS-1:0]                 request_column,
@@ -92,10 +93,11 @@ module array_row #(
     logic [BUSY_BITS-1:0] busy, busy_next;
 
     always_ff @(posedge clock) begin
-        if (directory_write) begin
-            bases[directory_tile] <= directory_bases;
-            block_rows[directory_tile] <= directory_block_row;
-        end
+        for (int l = 0; l < LANES; l++)
+            if (directory_write[l]) begin
+                if (directory_field[2]) block_rows[directory_tile[l*TILE_BITS+:TILE_BITS]] <= directory_value[32*l+:32];
+                else bases[directory_tile[l*TILE_BITS+:TILE_BITS]][32*directory_field[1:0]+:32] <= directory_value[32*l+:32];
+            end
         if (pass_load) begin
             type_at <= new_bases[31:0] << 3;
             block_row <= block_rows[tile];
@@ -110,8 +112,8 @@ module array_row #(
             codes[2*d+:2] = type_bits == 2'd0 ? 2'd2 : type_bits == 2'd1 ? {1'b0, raw[d]} : raw[2*d+:2];
     end
 
-    bit_memory #(.BYTES(TYPE_BYTES), .WIDTH(2 * WINDOW)) type_memory (
-        .clock, .write(write[0]), .write_byte, .write_data, .read_bit(type_at + 32'(scan_bit)), .read_data(raw));
+    bit_memory #(.BYTES(TYPE_BYTES), .WIDTH(2 * WINDOW), .LANES(LANES)) type_memory (
+        .clock, .write(write[LANES-1:0]), .write_byte, .write_data, .read_bit(type_at + 32'(scan_bit)), .read_data(raw));
 
     front_end #(.WINDOW(WINDOW), .QUEUE(QUEUE), .COLUMN_BITS(COLUMN_BITS)) skip (
         .clock, .reset, .segment_load, .segment_begin(live ? segment_begin : '0),
@@ -168,10 +170,10 @@ module array_row #(
         .G_O(G_O), .G_K(G_K), .MULTIPLIERS(MULTIPLIER_LANES), .SIGN_ADDERS(ADDER_LANES), .WEIGHT_BITS(WEIGHT_BITS),
         .MAGNITUDE_BITS(MAGNITUDE_BITS), .DENSE_PORT(DENSE_PORT), .SIGN_PORT(SIGN_PORT), .FACTOR_BITS(FACTOR_BITS),
         .OUT_BITS(OUT_BITS), .IN_BITS(IN_BITS), .BUSY_BITS(BUSY_BITS), .UNIFIED_CYCLES(UNIFIED_CYCLES),
-        .SIGN_BYTES(SIGN_BYTES), .MAGNITUDE_BYTES(MAGNITUDE_BYTES), .DENSE_BYTES(DENSE_BYTES)
+        .LANES(LANES), .SIGN_BYTES(SIGN_BYTES), .MAGNITUDE_BYTES(MAGNITUDE_BYTES), .DENSE_BYTES(DENSE_BYTES)
     ) feed (
         .clock, .busy, .dense(active_dense), .first, .pass_load, .sign_base(new_bases[63:32]),
-        .magnitude_base(new_bases[95:64]), .dense_base(new_bases[127:96]), .write(write[3:1]), .write_byte, .write_data,
+        .magnitude_base(new_bases[95:64]), .dense_base(new_bases[127:96]), .write(write[4*LANES-1:LANES]), .write_byte, .write_data,
         .lane_valid, .lane_factor, .lane_out, .lane_in, .adder_valid, .adder_negative, .adder_out, .adder_in);
 
     generate

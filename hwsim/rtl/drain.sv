@@ -9,6 +9,7 @@ module drain #(
     parameter int DRAIN_WORDS = 4,
     parameter int ACCUMULATOR_BITS = 32,
     parameter int ACTIVATION_BITS = 8,
+    parameter int CHANNEL_LANES = 1,
     parameter int MAX_CHANNELS = 256
 ) (
     input  logic                                        clock,
@@ -17,9 +18,9 @@ module drain #(
     input  logic [31:0]                                 channels,
     input  logic [31:0]                                 m_blocks,
     input  logic                                        relu,
-    input  logic                                        channel_write,
-    input  logic [(MAX_CHANNELS > 1 ? $clog2(MAX_CHANNELS) : 1)-1:0] channel_index,
-    input  logic [55:0]                                 channel_data,
+    input  logic [CHANNEL_LANES-1:0]                    channel_write,
+    input  logic [31:0]                                 channel_index,
+    input  logic [56*CHANNEL_LANES-1:0]                 channel_data,
     // The pass that has just ended.
     input  logic                                        start,
     input  logic [31:0]                                 group,
@@ -90,7 +91,8 @@ module drain #(
     endgenerate
 
     always_ff @(posedge clock) begin
-        if (channel_write) parameters[channel_index] <= channel_data;
+        for (int l = 0; l < CHANNEL_LANES; l++)
+            if (channel_write[l]) parameters[INDEX_BITS'(channel_index + 32'(l))] <= channel_data[56*l+:56];
         if (reset) active <= 1'b0;
         else if (start) begin
             active <= 1'b1;

@@ -21,6 +21,7 @@ module weight_feed #(
     parameter int IN_BITS = 2,
     parameter int BUSY_BITS = 4,
     parameter int UNIFIED_CYCLES = 1,
+    parameter int LANES = 1,
     parameter int SIGN_BYTES = 64,
     parameter int MAGNITUDE_BYTES = 64,
     parameter int DENSE_BYTES = 64
@@ -34,10 +35,10 @@ module weight_feed #(
     input  logic [                    31:0]    sign_base,
     input  logic [                    31:0]    magnitude_base,
     input  logic [                    31:0]    dense_base,
-    // Loading, a byte at a time.
-    input  logic [                     2:0]    write,
-    input  logic [                    31:0]    write_byte,
-    input  logic [                     7:0]    write_data,
+    // Loading: bytes of sign, magnitude and dense stream.
+    input  logic [             3*LANES-1:0]    write,
+    input  logic [            32*LANES-1:0]    write_byte,
+    input  logic [             8*LANES-1:0]    write_data,
     output logic [MULTIPLIERS-1:0]             lane_valid,
     output logic [MULTIPLIERS*FACTOR_BITS-1:0] lane_factor,
     output logic [MULTIPLIERS*OUT_BITS-1:0]    lane_out,
@@ -97,12 +98,12 @@ module weight_feed #(
     logic unified_active, dense_active;
     int item;
 
-    bit_memory #(.BYTES(DENSE_BYTES), .WIDTH(DENSE_CHUNK)) dense_memory (
-        .clock, .write(write[2]), .write_byte, .write_data, .read_bit(dense_at), .read_data(dense_chunk));
-    bit_memory #(.BYTES(MAGNITUDE_BYTES), .WIDTH(MAGNITUDE_CHUNK)) magnitude_memory (
-        .clock, .write(write[1]), .write_byte, .write_data, .read_bit(magnitude_at), .read_data(magnitude_chunk));
-    bit_memory #(.BYTES(SIGN_BYTES), .WIDTH(SIGN_CHUNK)) sign_memory (
-        .clock, .write(write[0]), .write_byte, .write_data, .read_bit(sign_at), .read_data(sign_chunk));
+    bit_memory #(.BYTES(DENSE_BYTES), .WIDTH(DENSE_CHUNK), .LANES(LANES)) dense_memory (
+        .clock, .write(write[2*LANES+:LANES]), .write_byte, .write_data, .read_bit(dense_at), .read_data(dense_chunk));
+    bit_memory #(.BYTES(MAGNITUDE_BYTES), .WIDTH(MAGNITUDE_CHUNK), .LANES(LANES)) magnitude_memory (
+        .clock, .write(write[LANES+:LANES]), .write_byte, .write_data, .read_bit(magnitude_at), .read_data(magnitude_chunk));
+    bit_memory #(.BYTES(SIGN_BYTES), .WIDTH(SIGN_CHUNK), .LANES(LANES)) sign_memory (
+        .clock, .write(write[LANES-1:0]), .write_byte, .write_data, .read_bit(sign_at), .read_data(sign_chunk));
 
     always_comb begin
         unified_active = busy != '0 && !dense;
