@@ -6,6 +6,7 @@ its memory image, its steps and its input matrix; cycles, counters and outputs c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -212,12 +213,9 @@ def build(
     verilator = verilator or find_verilator()
     parameters = rtl_parameters(machine)
     sources = _sources()
-    digest = hashlib.sha256(_verilator_version(verilator).encode())
-    digest.update(json.dumps([parameters, trace], sort_keys=True).encode())
-    for path in sources:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    contents = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sources]
     folder = cache_folder or _cache_folder()
-    program = folder / digest.hexdigest()[:32]
+    program = folder / _short_digest([_verilator_version(verilator), parameters, trace, contents])
     if program.exists():
         return program
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,34 +223,45 @@ def build(
         defines = ("ROWS", "COLUMNS", "G_K", "FILL_WORDS", "DRAIN_WORDS", "ACTIVATION_BITS", "LOAD_BYTES")
         result = _run_verilator(
             verilator,
-            *(
-                "--cc",
-                "--exe",
-                "--build",
-                "-j",
-                "1",
-                "-Wall",
-                "-O3",
-                "--x-assign",
-                "unique",
-                "--x-initial",
-                "unique",
-            ),
+            *("--cc", "--exe", "-Wall", "-O3", "--x-assign", "unique", "--x-initial", "unique"),
             *("--top-module", "block_skip_array", "--Mdir", work, "-o", "simulate"),
             *(["--trace"] if trace else []),
             *(f"-G{name}={value}" for name, value in parameters.items()),
             *("-CFLAGS", " ".join(["-O1", *(f"-DHWSIM_{name}={parameters[name]}" for name in defines)])),
             *(str(path) for path in sources),
         )
+        if result.returncode == 0:
+            result = _make(Path(work), folder / f"runtime-{_short_digest([_verilator_version(verilator), trace])}")
         if result.returncode:
             raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
         os.replace(Path(work) / "simulate", program)
     return program
 
 
+def _make(work: Path, runtime: Path) -> subprocess.CompletedProcess[str]:
+    """Compile a verilated design; Verilator's own objects, most of a small build, are kept for the next one."""
+    if runtime.exists():
+        for path in runtime.iterdir():
+            shutil.copy(path, work)  # newer than their sources, so make takes them
+    command = ["make", "-s", "-C", str(work), "-f", "Vblock_skip_array.mk", "VM_PARALLEL_BUILDS=0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0 and not runtime.exists():
+        with tempfile.TemporaryDirectory(dir=runtime.parent) as kept:
+            for path in work.glob("verilated*.[od]"):
+                shutil.copy(path, kept)
+            with contextlib.suppress(OSError):  # another build was first
+                os.rename(kept, runtime)
+                os.mkdir(kept)  # for the context manager to remove
+    return result
+
+
+def _short_digest(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
+
+
 def _sources() -> list[Path]:
     folder = Path(str(resources.files("hwsim").joinpath("rtl")))
-    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".cpp"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".vlt", ".cpp"))
 
 
 @cache

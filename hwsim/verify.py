@@ -66,6 +66,15 @@ _SMALL = {
     "output.words_per_cycle": 6,
 }
 
+_SMALL_MEMORIES = {
+    "weights.type_kib": 0.125,
+    "weights.sign_kib": 0.25,
+    "weights.magnitude_kib": 0.5,
+    "weights.dense_kib": 1.75,
+    "activation_buffer.size_kib": 0.75,
+    "output.size_kib": 0.1875,
+}
+
 VERIFICATION_MACHINES: dict[str, dict[str, object]] = {
     "small": {},
     "four-by-four": {
@@ -122,6 +131,25 @@ VERIFICATION_MACHINES: dict[str, dict[str, object]] = {
         "operand_store.size_kib": 0.25,
     },
     "deep-queue": {"front_end.queue_depth": 33, "front_end.skip_window": 20, "operand_store.banks": 7},
+    # Memories so small that weights, inputs and outputs come and go in groups, on channels slow and fast.
+    "groups": {**_SMALL_MEMORIES, "dram.gb_per_s": 1.6},
+    "groups-sorted": {
+        **_SMALL_MEMORIES,
+        "features.row_balance": "sorted",
+        "array.rows": 3,
+        "dram.gb_per_s": 0.7,
+        "dram.burst_bytes": 8,
+        "operand_store.size_kib": 0.0625,
+    },
+    "groups-wide-channel": {
+        **_SMALL_MEMORIES,
+        "array.rows": 2,
+        "array.columns": 2,
+        "array.block": [1, 3],
+        "dram.gb_per_s": 25.6,
+        "output.words_per_cycle": 1,
+        "precision.activation_bits": 6,
+    },
 }
 """Machines of the verification: what each changes of a small one. Every corner of the contract is some machine's or layer's."""
 
@@ -139,13 +167,15 @@ class LayerSpec:
     Attributes
     ----------
     m, k, n, groups : int
-        Rows, reduction length and columns of the matrix product of a group.
+        Output channels and input channels of a group; output columns, or vectors.
+    height, kernel, stride : int
+        Output rows; an odd kernel with as much padding as keeps sizes at stride 1.
     pruned, unified : float
         Shares of block types.
     seed : int
         Of types, weights, input and requantiser.
     linear : bool
-        Every column an output row of its own (only with one group), else one output row.
+        Every column an output row of its own (only with one group).
     relu : bool
     stalls : Stalls
     """
@@ -154,6 +184,9 @@ class LayerSpec:
     k: int
     n: int
     groups: int = 1
+    height: int = 1
+    kernel: int = 1
+    stride: int = 1
     pruned: float = 0.4
     unified: float = 0.3
     seed: int = 0
@@ -168,16 +201,16 @@ class LayerSpec:
             shape = LayerShape("random", "linear", self.k, self.m, batch=self.n)
         else:
             shape = LayerShape(
-                "random",
-                "conv",
-                self.k * self.groups,
-                self.m * self.groups,
-                (self.n,),
-                (1,),
-                (1,),
-                ((0, 0),),
-                (1,),
-                self.groups,
+                name="random",
+                kind="conv",
+                in_channels=self.k * self.groups,
+                out_channels=self.m * self.groups,
+                input_size=tuple((size - 1) * self.stride + 1 for size in (self.height, self.n)),
+                kernel=(self.kernel, self.kernel),
+                stride=(self.stride, self.stride),
+                padding=((self.kernel // 2, self.kernel // 2),) * 2,
+                dilation=(1, 1),
+                groups=self.groups,
             )
         block = machine.array.block
         types = random_types(shape, block, self.pruned, self.unified, rng)
@@ -192,7 +225,8 @@ class LayerSpec:
         """``int64[groups, k, n]``: random activations of this layer's amplitude, its extremes included."""
         low, high = _signed_range(self._amplitude_bits(machine))
         rng = np.random.default_rng([self.seed, 2])
-        values = rng.integers(low, high + 1, (self.groups, self.k, self.n))
+        shape = self.layer(machine).shape
+        values = rng.integers(low, high + 1, (shape.groups, shape.k, shape.n))
         return np.where(rng.random(values.shape) < 0.1, low, values)
 
     def _requantizer(self, machine: Machine) -> Requantizer:
@@ -202,7 +236,7 @@ class LayerSpec:
         scale = rng.choice([-1, 1], channels) * rng.integers(1, 30, channels)
         precision = machine.precision
         widest = precision.magnitude_bits if self.unified else precision.weight_bits
-        bits = self._amplitude_bits(machine) + widest + math.log2(self.k) / 2
+        bits = self._amplitude_bits(machine) + widest + math.log2(self.k * self.kernel**2) / 2
         beyond = max(min(bits, precision.accumulator_bits) - precision.activation_bits, 0)
         # In a fifth of the channels the lowest bit of the sum moves the result.
         dropped = np.where(rng.random(channels) < 0.2, 0, beyond + rng.integers(-3, 3, channels))
@@ -260,15 +294,19 @@ def random_spec(seed: int) -> LayerSpec:
     shares = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.1), (0.4, 0.3))
     pruned, unified = shares[int(rng.integers(len(shares)))]
     load, fill, drain = rng.integers(0, 200, 3).tolist() if rng.random() < 1 / 3 else (0, 0, 0)
+    kernel, height = (3, int(rng.integers(1, 6))) if rng.random() < 1 / 3 else (1, 1)
     return LayerSpec(
         m=int(rng.integers(1, 28)),
-        k=int(rng.integers(1, 90)),
-        n=int(rng.integers(1, 12)),
+        k=int(rng.integers(1, 90 // kernel**2)),
+        n=int(rng.integers(1, 12)) if kernel == 1 else int(rng.integers(1, 8)),
         groups=int(rng.choice([1, 1, 1, 2, 3])),
+        height=height,
+        kernel=kernel,
+        stride=int(rng.integers(1, 3)),
         pruned=pruned,
         unified=unified,
         seed=seed,
-        linear=bool(rng.random() < 0.3),
+        linear=kernel == 1 and bool(rng.random() < 0.4),
         relu=bool(rng.random() < 0.3),
         stalls=Stalls(load, fill, drain, seed),
     )
@@ -443,9 +481,12 @@ def _smaller(spec: LayerSpec) -> Iterator[LayerSpec]:
     plainer = (
         replace(spec, stalls=NO_STALLS),
         replace(spec, groups=1),
+        replace(spec, kernel=1),
+        replace(spec, stride=1),
         replace(spec, relu=False),
         replace(spec, linear=False),
         *(replace(spec, n=size) for size in _smaller_sizes(spec.n)),
+        *(replace(spec, height=size) for size in _smaller_sizes(spec.height)),
         *(replace(spec, m=size) for size in _smaller_sizes(spec.m)),
         *(replace(spec, k=size) for size in _smaller_sizes(spec.k)),
     )
