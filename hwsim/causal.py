@@ -1,8 +1,8 @@
 """When the steps of a layer end in hardware that cannot use what has not arrived: plain Python, beside the contract's formula.
 
-``step_i = max(Σ time, stream_i + load_{i+1} + store_{i−1})`` lets the first fill of a step run while its inputs still arrive and
-a store run while the last drain of its step still does. `causal_timeline` waits for both, as the RTL does, and says what each
-wait costs; without the waits it is the formula. Source: docs/microarchitecture.md, sections 3 and 4.
+``step_i = max(Σ time, stream_i + load_{i+1} + store_{i−1})`` lets the first fill of a step run while its inputs still arrive
+and a store run while the last drain of its step still does. `causal_timeline` waits for both, as the RTL does, and says what
+each wait costs; without the waits it is the formula. Source: docs/microarchitecture.md, sections 3 and 4.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Timeline:
     ends : tuple of int
         Of ``load_0``, of every step, of the last store.
     input_waits, store_waits : tuple of int
-        Per step: cycles that the first fill of the next step waited for inputs beyond the segment that hides it, and cycles that
-        the channel stood still because the outputs had not drained.
+        Per step: cycles from the start of the last segment until the inputs of the next step had arrived, and cycles that the
+        channel stood still because outputs had not drained. Not all of them lengthen the step; `step_timing` says what does.
     """
 
     ends: tuple[int, ...]
@@ -231,6 +231,4 @@ def step_timing(run: LayerRun, machine: Machine) -> StepTiming:
     causal = causal_timeline(run, machine, program).ends[-1]
     without_drains = causal_timeline(run, machine, program, wait_for_drains=False).ends[-1]
     formula = run.mapping.latency_cycles
-    return StepTiming(
-        len(program.steps), formula, causal, without_drains - formula, causal - without_drains
-    )
+    return StepTiming(len(program.steps), formula, causal, without_drains - formula, causal - without_drains)

@@ -31,6 +31,10 @@ _COMMANDS = {
         "hwsim.commands_verify:verify",
         "Check the cycle model against the RTL, built with Verilator.",
     ),
+    "verify-network": (
+        "compress.cli_verify:verify_network",
+        "Run the real layers of a network through the RTL.",
+    ),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),

@@ -1,7 +1,7 @@
 """The program of a layer for the array: its steps, and every transfer of the DRAM channel with its address and size.
 
-Plain Python beside the compiled cost model, transfer by transfer as `docs/microarchitecture.md`, section 4, says; the tests hold
-the two together. The RTL is driven with it.
+Plain Python beside the compiled cost model, transfer by transfer as `docs/microarchitecture.md`, section 4, says; the
+verification holds the two together. The RTL is driven with it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsim.image import CHANNEL_BYTES, PARTS
-from hwsim.layer import STREAMS, LayerShape
+from hwsim.layer import STREAMS, Layer, LayerShape
 from hwsim.lowering import lower_machine
 from hwsim.machine import Machine
 from hwsim.mapping import column_units
 from hwsim.simulator import LayerRun
 
-__all__ = ["CHANNEL_PARTS", "Program", "Step", "Transfer", "layer_program", "run_steps", "taps"]
+__all__ = [
+    "CHANNEL_PARTS",
+    "Program",
+    "Step",
+    "Transfer",
+    "input_matrix",
+    "layer_program",
+    "run_steps",
+    "taps",
+]
 
 CHANNEL_PARTS = ("order", "offset", "channel", *STREAMS)
 """Parts of the image in the order in which a group of row tiles is loaded; the RTL's numbers of them."""
@@ -36,8 +45,8 @@ class Transfer:
         One of `CHANNEL_PARTS`, ``"input"`` or ``"output"``.
     size_bytes : int
     first, count : int
-        Block rows of all groups; output channels of ``"channel"``, places of ``"order"``; cells of an input (a cell is one column
-        of an input row with all channels of the group).
+        Block rows of all groups; output channels of ``"channel"``, places of ``"order"``; cells of an input (a cell is one
+        column of an input row with all channels of the group).
     place, tile : int
         The first block row's place in its group, and its row tile counted over all groups.
     address : int
@@ -166,7 +175,9 @@ class _Weights:
     def whole(self) -> tuple[Transfer, ...]:
         rows = self.order.size
         return tuple(
-            transfer for part in CHANNEL_PARTS for transfer in self._rows(part, 0, 0, rows, 0, rows // self.m_blocks * self.m)
+            transfer
+            for part in CHANNEL_PARTS
+            for transfer in self._rows(part, 0, 0, rows, 0, rows // self.m_blocks * self.m)
         )
 
     def of_tiles(self, group: int, first_tile: int, tiles: int) -> Iterator[Transfer]:
@@ -181,7 +192,9 @@ class _Weights:
                 channels = min(high * self.g_o, self.m) - low * self.g_o
                 yield from self._rows(part, base + low, low, high - low, tile, channels)
 
-    def _rows(self, part: str, first: int, place: int, count: int, tile: int, channels: int) -> Iterator[Transfer]:
+    def _rows(
+        self, part: str, first: int, place: int, count: int, tile: int, channels: int
+    ) -> Iterator[Transfer]:
         address = self.starts[part][first]
         size = self.ends[part][first + count - 1] - address
         if part == "channel":
@@ -202,7 +215,13 @@ def taps(shape: LayerShape) -> tuple[NDArray[np.int64], int]:
         return np.arange(shape.n)[:, None], 1
     cells = np.arange(shape.batch)[:, None]
     for size, out, kernel, stride, (before, _), dilation in zip(
-        shape.input_size, shape.output_size, shape.kernel, shape.stride, shape.padding, shape.dilation, strict=True
+        shape.input_size,
+        shape.output_size,
+        shape.kernel,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        strict=True,
     ):
         reached = np.arange(out)[:, None] * stride - before + np.arange(kernel) * dilation
         inside = (reached >= 0) & (reached < size)
@@ -210,6 +229,27 @@ def taps(shape: LayerShape) -> tuple[NDArray[np.int64], int]:
         known = (cells >= 0)[:, None, :, None] & inside[None, :, None, :]
         cells = np.where(known, combined, -1).reshape(cells.shape[0] * out, cells.shape[1] * kernel)
     return cells, shape.input_size[-1]
+
+
+def input_matrix(layer: Layer, activations: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``int64[groups, k, n]``: the matrix that the expander makes of a layer's input, padding 0, in the layer's column order.
+
+    Parameters
+    ----------
+    layer : Layer
+    activations : int64 array ``[batch, channels, …]``
+        Of a linear layer ``[batch, …, features]``.
+    """
+    shape = layer.shape
+    if shape.kind == "linear":
+        return np.ascontiguousarray(activations.reshape(shape.n, shape.k).T)[None]
+    cells, _ = taps(shape)
+    channels = shape.in_channels // shape.groups
+    by_cell = np.moveaxis(activations, 1, -1).reshape(-1, shape.groups, channels)
+    by_cell = np.concatenate([by_cell, np.zeros_like(by_cell[:1])])  # what a tap of -1 reads
+    gathered = by_cell[cells]  # [n, taps, groups, channels]
+    order = (2, 1, 3, 0) if layer.column_order == "tap_major" else (2, 3, 1, 0)
+    return np.ascontiguousarray(gathered.transpose(order)).reshape(shape.groups, shape.k, shape.n)
 
 
 class _Inputs:
@@ -242,7 +282,9 @@ class _Inputs:
         if self.before is not None and self.before[0] == group:
             held = self.rows_before
         self.before, self.rows_before = (group, start, positions), (rows, left, right)
-        return [self._transfer(base + first, count) for first, count in self._missing(rows, left, right, held)], kept
+        return [
+            self._transfer(base + first, count) for first, count in self._missing(rows, left, right, held)
+        ], kept
 
     def _whole(self) -> list[Transfer]:
         rows = np.unique(self.taps[self.taps >= 0] // self.width).tolist()

@@ -213,9 +213,8 @@ def build(
     verilator = verilator or find_verilator()
     parameters = rtl_parameters(machine)
     sources = _sources()
-    contents = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sources]
     folder = cache_folder or _cache_folder()
-    program = folder / _short_digest([_verilator_version(verilator), parameters, trace, contents])
+    program = folder / _short_digest([_verilator_version(verilator), parameters, trace, sources_digest()])
     if program.exists():
         return program
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +230,9 @@ def build(
             *(str(path) for path in sources),
         )
         if result.returncode == 0:
-            result = _make(Path(work), folder / f"runtime-{_short_digest([_verilator_version(verilator), trace])}")
+            result = _make(
+                Path(work), folder / f"runtime-{_short_digest([_verilator_version(verilator), trace])}"
+            )
         if result.returncode:
             raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
         os.replace(Path(work) / "simulate", program)
@@ -257,6 +258,11 @@ def _make(work: Path, runtime: Path) -> subprocess.CompletedProcess[str]:
 
 def _short_digest(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sources_digest() -> str:
+    """Of the design and its harness: what a build and a result hold for."""
+    return _short_digest([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in _sources()])
 
 
 def _sources() -> list[Path]:
@@ -381,7 +387,9 @@ class RtlSimulator:
         if written != outputs.size:
             raise Mismatch(f"machine {self.machine.name}: {written} outputs left, {outputs.size} expected")
         if not n_ends or ends[-1] != layer_cycles:
-            raise Mismatch(f"machine {self.machine.name}: the last step ended in {ends[-1:]}, the layer in {layer_cycles}")
+            raise Mismatch(
+                f"machine {self.machine.name}: the last step ended in {ends[-1:]}, the layer in {layer_cycles}"
+            )
         return RtlResult(
             tuple(ends.tolist()), counters.reshape(segments, 13), outputs.reshape(shape.out_channels, shape.n)
         )
@@ -402,7 +410,10 @@ def _job(run: LayerRun, machine: Machine, inputs: NDArray[np.int64], stalls: Sta
     ]
     if run.mapping.weight_residence == "streamed":
         problems.append(
-            Problem("weights", "streamed: one row tile does not fit half of the memories; the design has no ring buffers")
+            Problem(
+                "weights",
+                "streamed: one row tile does not fit half of the memories; the design has no ring buffers",
+            )
         )
     if problems:
         raise InputError(f"layer {shape.name} on machine {machine.name}", problems)
@@ -427,8 +438,10 @@ def _job(run: LayerRun, machine: Machine, inputs: NDArray[np.int64], stalls: Sta
         *(int(run.mapping.input_residence == "whole"), len(ranges)),
     ]
     table = [
-        (step.group, step.first_tile, step.tiles, step.start, step.positions)
-        + (len(step.weights), len(step.inputs), step.outputs, len(step.kept))
+        (
+            *(step.group, step.first_tile, step.tiles, step.start, step.positions),
+            *(len(step.weights), len(step.inputs), step.outputs, len(step.kept)),
+        )
         for step in program.steps
     ]
     parts = (
@@ -448,7 +461,7 @@ def _two_words(value: int) -> tuple[int, int]:
 
 
 def _transfer_table(program: Program) -> list[tuple[int, ...]]:
-    """The transfers in the channel's order: the loads of step 0; per step the loads of the next and the store of the one before."""
+    """The transfers in the channel's order: loads of step 0; per step the loads of the next and the store of the one before."""
     numbers = {part: index for index, part in enumerate((*CHANNEL_PARTS, "input", "output"))}
     steps = program.steps
     order = [*steps[0].weights, *steps[0].inputs]
@@ -458,6 +471,4 @@ def _transfer_table(program: Program) -> list[tuple[int, ...]]:
         if index:
             order.append(steps[index - 1].store)
     order.append(steps[-1].store)
-    return [
-        (numbers[t.part], t.first, t.place, t.tile, t.count, t.address, t.size_bytes) for t in order
-    ]
+    return [(numbers[t.part], t.first, t.place, t.tile, t.count, t.address, t.size_bytes) for t in order]

@@ -1,18 +1,16 @@
 """Verification: the RTL of the array against the kernel, the plain-Python oracle and a NumPy integer reference.
 
-Random layers in a few integers each, the machines that they run on, the references, the comparison, and the shrinking of one
-that differs. The design itself and its harness are in `hwsim.rtl_simulator`.
+The references, the comparison, and the shrinking of a layer that differs. Layers and machines are in
+`hwsim.verification_layers`, the design itself and its harness in `hwsim.rtl_simulator`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +18,21 @@ from numpy.typing import NDArray
 
 from hwsim.causal import NO_STALLS, Stalls, causal_timeline
 from hwsim.errors import FitError, InputError
-from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
+from hwsim.layer import Layer
 from hwsim.lowering import effective_types, lower_machine
-from hwsim.machine import Machine, load_machine, parse_machine
+from hwsim.machine import Machine, parse_machine
 from hwsim.oracle import COUNTERS, oracle_pass
 from hwsim.program import Program, layer_program
 from hwsim.rtl_simulator import Mismatch, RtlResult, RtlSimulator
 from hwsim.simulator import LayerRun, run_layer
+from hwsim.verification_layers import (
+    VERIFICATION_MACHINES,
+    LayerSpec,
+    random_machine,
+    random_spec,
+    verification_machine,
+)
+from hwsim.version import MODEL_VERSION
 
 __all__ = [
     "VERIFICATION_MACHINES",
@@ -36,9 +42,12 @@ __all__ = [
     "check",
     "check_layer",
     "load_reproducer",
+    "load_results",
     "pass_order",
+    "random_machine",
     "random_spec",
     "reference_outputs",
+    "result_line",
     "segment_counters",
     "shrink",
     "verification_machine",
@@ -46,271 +55,6 @@ __all__ = [
 ]
 
 _UNWRITTEN = -(2**31)
-
-# --- The layers and machines that are verified ------------------------------------------------------------------------------
-
-_SMALL = {
-    "array.rows": 4,
-    "array.columns": 3,
-    "array.block": [2, 2],
-    "array.multipliers": 2,
-    "array.sign_adders": 4,
-    "front_end.skip_window": 3,
-    "front_end.queue_depth": 2,
-    "operand_store.banks": 4,
-    "operand_store.size_kib": 1,
-    "weights.type_kib": 4,
-    "weights.sign_kib": 16,
-    "weights.magnitude_kib": 16,
-    "weights.dense_kib": 64,
-    "output.words_per_cycle": 6,
-}
-
-_SMALL_MEMORIES = {
-    "weights.type_kib": 0.125,
-    "weights.sign_kib": 0.25,
-    "weights.magnitude_kib": 0.5,
-    "weights.dense_kib": 1.75,
-    "activation_buffer.size_kib": 0.75,
-    "output.size_kib": 0.1875,
-}
-
-VERIFICATION_MACHINES: dict[str, dict[str, object]] = {
-    "small": {},
-    "four-by-four": {
-        "array.columns": 2,
-        "array.block": [4, 4],
-        "array.multipliers": 4,
-        "array.sign_adders": 16,
-        "output.words_per_cycle": 32,
-        "weights.dense_kib": 128,
-    },
-    "one-row": {"array.rows": 1, "array.columns": 1, "array.block": [1, 1], "operand_store.banks": 1},
-    "one-bank": {"operand_store.banks": 1, "array.rows": 5},
-    "no-lookahead": {"front_end.skip_window": 1, "front_end.queue_depth": 1, "operand_store.banks": 3},
-    "always-one-cycle": {
-        "array.multipliers": 4,
-        "weights.dense_port_bits": 64,
-        "weights.sign_port_bits": 64,
-        "front_end.queue_depth": 1,
-        "front_end.skip_window": 8,
-    },
-    "seventeen-cycles": {
-        "array.block": [1, 17],
-        "array.multipliers": 1,
-        "array.sign_adders": 1,
-        "operand_store.size_kib": 2,
-        "array.columns": 2,
-    },
-    "slow-drain": {"output.words_per_cycle": 1, "array.columns": 5, "output.size_kib": 0.25},
-    "segments": {"operand_store.size_kib": 0.0390625, "operand_store.banks": 2, "output.size_kib": 0.125},
-    "wide-fill": {
-        "array.rows": 3,
-        "array.block": [3, 2],
-        "array.multipliers": 5,
-        "array.sign_adders": 4,
-        "operand_store.banks": 3,
-        "operand_store.fill_words_per_cycle": 4,
-        "operand_store.size_kib": 0.125,
-        "weights.dense_port_bits": 20,
-        "weights.sign_port_bits": 7,
-        "activation_buffer.size_kib": 0.25,
-    },
-    "sorted": {"features.row_balance": "sorted", "array.rows": 3, "front_end.skip_window": 2},
-    "dense": {"features.skip_pruned": False, "features.unified_path": False},
-    "skip-only": {"features.unified_path": False, "features.row_balance": "sorted"},
-    "unified-only": {"features.skip_pruned": False, "array.block": [4, 1], "array.multipliers": 1},
-    "odd-formats": {
-        "precision.weight_bits": 3,
-        "precision.magnitude_bits": 11,
-        "precision.activation_bits": 5,
-        "precision.accumulator_bits": 13,
-        "weights.dense_port_bits": 7,
-        "weights.sign_port_bits": 5,
-        "array.block": [1, 4],
-        "operand_store.size_kib": 0.25,
-    },
-    "deep-queue": {"front_end.queue_depth": 33, "front_end.skip_window": 20, "operand_store.banks": 7},
-    # Memories so small that weights, inputs and outputs come and go in groups, on channels slow and fast.
-    "groups": {**_SMALL_MEMORIES, "dram.gb_per_s": 1.6},
-    "groups-sorted": {
-        **_SMALL_MEMORIES,
-        "features.row_balance": "sorted",
-        "array.rows": 3,
-        "dram.gb_per_s": 0.7,
-        "dram.burst_bytes": 8,
-        "operand_store.size_kib": 0.0625,
-    },
-    "groups-wide-channel": {
-        **_SMALL_MEMORIES,
-        "array.rows": 2,
-        "array.columns": 2,
-        "array.block": [1, 3],
-        "dram.gb_per_s": 25.6,
-        "output.words_per_cycle": 1,
-        "precision.activation_bits": 6,
-    },
-}
-"""Machines of the verification: what each changes of a small one. Every corner of the contract is some machine's or layer's."""
-
-
-@cache
-def verification_machine(name: str) -> Machine:
-    """A machine of `VERIFICATION_MACHINES` by its name."""
-    return load_machine("msa-8x8").with_fields({**_SMALL, **VERIFICATION_MACHINES[name], "name": name})
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """A random layer in a few integers, so that a failing one can be shrunk and written down.
-
-    Attributes
-    ----------
-    m, k, n, groups : int
-        Output channels and input channels of a group; output columns, or vectors.
-    height, kernel, stride : int
-        Output rows; an odd kernel with as much padding as keeps sizes at stride 1.
-    pruned, unified : float
-        Shares of block types.
-    seed : int
-        Of types, weights, input and requantiser.
-    linear : bool
-        Every column an output row of its own (only with one group).
-    relu : bool
-    stalls : Stalls
-    """
-
-    m: int
-    k: int
-    n: int
-    groups: int = 1
-    height: int = 1
-    kernel: int = 1
-    stride: int = 1
-    pruned: float = 0.4
-    unified: float = 0.3
-    seed: int = 0
-    linear: bool = False
-    relu: bool = False
-    stalls: Stalls = NO_STALLS
-
-    def layer(self, machine: Machine) -> Layer:
-        """The layer with random types, weights and requantiser for a machine."""
-        rng = np.random.default_rng([self.seed, 1])
-        if self.linear and self.groups == 1:
-            shape = LayerShape("random", "linear", self.k, self.m, batch=self.n)
-        else:
-            shape = LayerShape(
-                name="random",
-                kind="conv",
-                in_channels=self.k * self.groups,
-                out_channels=self.m * self.groups,
-                input_size=tuple((size - 1) * self.stride + 1 for size in (self.height, self.n)),
-                kernel=(self.kernel, self.kernel),
-                stride=(self.stride, self.stride),
-                padding=((self.kernel // 2, self.kernel // 2),) * 2,
-                dilation=(1, 1),
-                groups=self.groups,
-            )
-        block = machine.array.block
-        types = random_types(shape, block, self.pruned, self.unified, rng)
-        return Layer(
-            shape,
-            block,
-            types,
-            _random_weights(shape, block, types, machine, self._requantizer(machine), rng),
-        )
-
-    def inputs(self, machine: Machine) -> NDArray[np.int64]:
-        """``int64[groups, k, n]``: random activations of this layer's amplitude, its extremes included."""
-        low, high = _signed_range(self._amplitude_bits(machine))
-        rng = np.random.default_rng([self.seed, 2])
-        shape = self.layer(machine).shape
-        values = rng.integers(low, high + 1, (shape.groups, shape.k, shape.n))
-        return np.where(rng.random(values.shape) < 0.1, low, values)
-
-    def _requantizer(self, machine: Machine) -> Requantizer:
-        """Mostly such that results are neither all 0 nor all clamped; some of every kind that the formats allow."""
-        rng = np.random.default_rng([self.seed, 5])
-        channels = self.m * self.groups
-        scale = rng.choice([-1, 1], channels) * rng.integers(1, 30, channels)
-        precision = machine.precision
-        widest = precision.magnitude_bits if self.unified else precision.weight_bits
-        bits = self._amplitude_bits(machine) + widest + math.log2(self.k * self.kernel**2) / 2
-        beyond = max(min(bits, precision.accumulator_bits) - precision.activation_bits, 0)
-        # In a fifth of the channels the lowest bit of the sum moves the result.
-        dropped = np.where(rng.random(channels) < 0.2, 0, beyond + rng.integers(-3, 3, channels))
-        shift = np.clip(dropped + np.log2(np.abs(scale)), 0, 48).astype(np.int64)
-        bias = rng.integers(-30, 30, channels)
-        odd = rng.random(channels) < 0.1
-        return Requantizer(
-            np.where(odd, rng.integers(-(2**31), 2**31, channels), bias).astype(np.int32),
-            np.where(odd, rng.integers(-(2**15), 2**15, channels), scale).astype(np.int16),
-            np.where(odd, rng.integers(0, 256, channels), shift).astype(np.uint8),
-            self.relu,
-        )
-
-    def _amplitude_bits(self, machine: Machine) -> int:
-        """Small inputs make small sums, of which the requantiser lets every bit through."""
-        return 1 + int(np.random.default_rng([self.seed, 4]).integers(machine.precision.activation_bits))
-
-
-def _random_weights(
-    shape: LayerShape,
-    block: tuple[int, int],
-    types: NDArray[np.uint8],
-    machine: Machine,
-    requantizer: Requantizer,
-    rng: np.random.Generator,
-) -> QuantizedWeights:
-    precision = machine.precision
-    full = (shape.groups, shape.m, shape.k)
-    low, high = _signed_range(precision.weight_bits)
-    # A unified block that runs as a dense one must fit the dense format.
-    top = 2**precision.magnitude_bits - 1
-    if not machine.features.unified_path:
-        top = min(top, high)
-    per_weight = np.repeat(np.repeat(types, block[0], 1), block[1], 2)[:, : shape.m, : shape.k]
-    dense = np.where(rng.random(full) < 0.1, low, rng.integers(low, high + 1, full))
-    magnitudes = np.where(rng.random(types.shape) < 0.2, top, rng.integers(0, top + 1, types.shape))
-    return QuantizedWeights(
-        dense=np.where(per_weight == DENSE, dense, 0).astype(np.int16),
-        signs=np.where(per_weight == UNIFIED, rng.integers(0, 2, full), 0).astype(np.uint8),
-        magnitudes=np.where(types == UNIFIED, magnitudes, 0).astype(np.uint16),
-        weight_bits=precision.weight_bits,
-        magnitude_bits=precision.magnitude_bits,
-        step_size=1.0,
-        requantizer=requantizer,
-    )
-
-
-def _signed_range(bits: int) -> tuple[int, int]:
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def random_spec(seed: int) -> LayerSpec:
-    """A spec for a seed: sizes, ragged on every side, corners of the ratios, stalling ports in every third."""
-    rng = np.random.default_rng([seed, 3])
-    shares = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.1), (0.4, 0.3))
-    pruned, unified = shares[int(rng.integers(len(shares)))]
-    load, fill, drain = rng.integers(0, 200, 3).tolist() if rng.random() < 1 / 3 else (0, 0, 0)
-    kernel, height = (3, int(rng.integers(1, 6))) if rng.random() < 1 / 3 else (1, 1)
-    return LayerSpec(
-        m=int(rng.integers(1, 28)),
-        k=int(rng.integers(1, 90 // kernel**2)),
-        n=int(rng.integers(1, 12)) if kernel == 1 else int(rng.integers(1, 8)),
-        groups=int(rng.choice([1, 1, 1, 2, 3])),
-        height=height,
-        kernel=kernel,
-        stride=int(rng.integers(1, 3)),
-        pruned=pruned,
-        unified=unified,
-        seed=seed,
-        linear=kernel == 1 and bool(rng.random() < 0.4),
-        relu=bool(rng.random() < 0.3),
-        stalls=Stalls(load, fill, drain, seed),
-    )
-
 
 # --- The references ---------------------------------------------------------------------------------------------------------
 
@@ -323,7 +67,8 @@ def reference_outputs(layer: Layer, inputs: NDArray[np.int64], machine: Machine)
     sums = np.concatenate([weights[group] @ inputs[group] for group in range(weights.shape[0])])
     wrapped = ((sums + 2 ** (bits - 1)) & (2**bits - 1)) - 2 ** (bits - 1)
     requantizer = layer.weights.requantizer if layer.weights is not None else None
-    low, high = _signed_range(machine.precision.activation_bits)
+    half_range = 2 ** (machine.precision.activation_bits - 1)
+    low, high = -half_range, half_range - 1
     outputs = np.empty_like(wrapped)
     for channel, row in enumerate(wrapped.tolist()):
         bias, scale, shift, relu = 0, 1, 0, False
@@ -418,28 +163,41 @@ def _compare_times(
             min(len(expected), len(result.ends)),
         )
         found = result.ends[step] if step < len(result.ends) else "never"
-        raise Mismatch(f"{where}: end {step} of {len(expected)} (loads, steps, store) in cycle {found} in RTL, expected {expected[step:step + 1]}")
+        raise Mismatch(
+            f"{where}: end {step} of {len(expected)} (loads, steps, store) in cycle {found} in RTL, "
+            f"expected {expected[step : step + 1]}"
+        )
     ideal = causal_timeline(run, machine, program, wait_for_inputs=False, wait_for_drains=False).ends
     cost = run.mapping
     load = int(cost.column("load_weight_cycles")[0] + cost.column("load_input_cycles")[0])
     formula = [load, *(load + np.cumsum(cost.column("step_cycles"))).tolist(), cost.latency_cycles]
     if list(ideal) != formula:
         step = next(i for i, pair in enumerate(zip(ideal, formula, strict=True)) if pair[0] != pair[1])
-        raise Mismatch(f"{where}: end {step} (loads, steps, store) in cycle {formula[step]} by the mapper, {ideal[step]} in plain Python")
+        raise Mismatch(
+            f"{where}: end {step} (loads, steps, store) in cycle {formula[step]} by the mapper, "
+            f"{ideal[step]} in plain Python"
+        )
     _compare_transfers(run, program, where)
 
 
 def _compare_transfers(run: LayerRun, program: Program, where: str) -> None:
     """Cycles and bytes of every step's transfers: the compiled cost model against the list of them."""
+
     def bus_bytes(sizes: list[int]) -> int:
         return sum(-(-size // program.burst_bytes) * program.burst_bytes for size in sizes)
 
     for index, step in enumerate(program.steps):
-        for name, transfers in (("load_weight", step.weights), ("load_input", step.inputs), ("store", (step.store,))):
+        for name, transfers in (
+            ("load_weight", step.weights),
+            ("load_input", step.inputs),
+            ("store", (step.store,)),
+        ):
             found = (program.cycles(transfers), bus_bytes([transfer.size_bytes for transfer in transfers]))
             mapped = tuple(int(run.mapping.column(f"{name}_{unit}")[index]) for unit in ("cycles", "bytes"))
             if found != mapped:
-                raise Mismatch(f"{where}: step {index}, {name} is {mapped} (cycles, bytes) by the mapper, {found} transfer by transfer")
+                raise Mismatch(
+                    f"{where}: step {index}, {name} is {mapped} (cycles, bytes) by the mapper, {found} transfer by transfer"
+                )
 
 
 def _compare_counters(expected: NDArray[np.int64], found: NDArray[np.int64], where: str) -> None:
@@ -506,18 +264,23 @@ class Summary:
     machine : str
     layers, skipped : int
         Layers that were run; layers that do not fit the machine's memories.
-    segments, cycles, outputs : int
-        Segments with 13 counters each, cycles of the array, output integers: all equal.
+    steps, segments, cycles, outputs : int
+        Steps, segments with 13 counters each, cycles of the design, output integers: all equal.
+    waiting, wait_cycles : int
+        Layers that took longer than the formula because hardware must wait for its data, and by how much.
     seconds, rtl_seconds : float
-        Altogether, without the build; in the simulation of the design.
+        Altogether, with the build; in the simulation of the design.
     """
 
     machine: str
     layers: int
     skipped: int
+    steps: int
     segments: int
     cycles: int
     outputs: int
+    waiting: int
+    wait_cycles: int
     seconds: float
     rtl_seconds: float
 
@@ -555,7 +318,7 @@ def verify_machine(machine: Machine, layers: int, seed: int) -> Summary:
         At the first difference, shrunk.
     """
     begun = time.perf_counter()
-    ran = segments = cycles = outputs = 0
+    ran: list[tuple[int, int, int, int, int]] = []
     with RtlSimulator(machine) as simulator:
         for index in range(seed, seed + layers):
             spec = random_spec(index)
@@ -564,13 +327,27 @@ def verify_machine(machine: Machine, layers: int, seed: int) -> Summary:
             except Mismatch as problem:
                 raise _shrunk(machine, spec, str(problem)) from None
             if result is not None:
-                ran += 1
-                segments += result.counters.shape[0]
-                cycles += result.layer_cycles
-                outputs += result.outputs.size
+                wait = 0
+                if spec.stalls == NO_STALLS:
+                    wait = (
+                        result.layer_cycles - run_layer(spec.layer(machine), machine).mapping.latency_cycles
+                    )
+                sizes = (result.counters.shape[0], result.layer_cycles, result.outputs.size)
+                ran.append((len(result.ends) - 2, *sizes, wait))
         spent = simulator.rtl_seconds
+    steps, segments, cycles, outputs, waits = np.array(ran, np.int64).reshape(-1, 5).T
     return Summary(
-        machine.name, ran, layers - ran, segments, cycles, outputs, time.perf_counter() - begun, spent
+        machine=machine.name,
+        layers=len(ran),
+        skipped=layers - len(ran),
+        steps=int(steps.sum()),
+        segments=int(segments.sum()),
+        cycles=int(cycles.sum()),
+        outputs=int(outputs.sum()),
+        waiting=int(np.count_nonzero(waits)),
+        wait_cycles=int(waits.sum()),
+        seconds=time.perf_counter() - begun,
+        rtl_seconds=spent,
     )
 
 
@@ -607,3 +384,39 @@ def load_reproducer(path: Path) -> tuple[Machine, LayerSpec]:
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise InputError(str(path), f"not a reproducer of hwsim verify: {error}") from None
     return parse_machine(description, str(path)), spec
+
+
+def result_line(summary: Summary, layers: int, seed: int, key: str) -> str:
+    """A finished machine as a line of a file of results; ``key`` is that of the design."""
+    data = {
+        "version": MODEL_VERSION,
+        "design": key,
+        "layers_asked": layers,
+        "seed": seed,
+        **dataclasses.asdict(summary),
+    }
+    return json.dumps(data) + "\n"
+
+
+def load_results(path: Path, key: str) -> dict[tuple[str, int, int], Summary]:
+    """Finished machines of a file of results, by name, layers and seed; those of another design or version are left out.
+
+    Raises
+    ------
+    InputError
+        Not such a file. A last line that was cut off is ignored.
+    """
+    results = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            data = json.loads(line)
+            is_current = (data.pop("version"), data.pop("design")) == (MODEL_VERSION, key)
+            asked = (data["machine"], data.pop("layers_asked"), data.pop("seed"))
+            summary = Summary(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(str(path), f"line {number} is none of hwsim verify: {error}") from None
+        if is_current:
+            results[asked] = summary
+    return results
