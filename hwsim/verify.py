@@ -41,6 +41,7 @@ __all__ = [
     "Summary",
     "check",
     "check_layer",
+    "compare_transfers",
     "load_reproducer",
     "load_results",
     "pass_order",
@@ -177,10 +178,10 @@ def _compare_times(
             f"{where}: end {step} (loads, steps, store) in cycle {formula[step]} by the mapper, "
             f"{ideal[step]} in plain Python"
         )
-    _compare_transfers(run, program, where)
+    compare_transfers(run, program, where)
 
 
-def _compare_transfers(run: LayerRun, program: Program, where: str) -> None:
+def compare_transfers(run: LayerRun, program: Program, where: str) -> None:
     """Cycles and bytes of every step's transfers: the compiled cost model against the list of them."""
 
     def bus_bytes(sizes: list[int]) -> int:
@@ -328,7 +329,7 @@ def verify_machine(machine: Machine, layers: int, seed: int) -> Summary:
                 raise _shrunk(machine, spec, str(problem)) from None
             if result is not None:
                 wait = 0
-                if spec.stalls == NO_STALLS:
+                if replace(spec.stalls, seed=0) == NO_STALLS:
                     wait = (
                         result.layer_cycles - run_layer(spec.layer(machine), machine).mapping.latency_cycles
                     )
