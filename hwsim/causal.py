@@ -43,9 +43,9 @@ NO_STALLS = Stalls()
 def stalls(seed: int, port: int, cycles: NDArray[np.int64], share: int) -> NDArray[np.bool_]:
     """Whether a port (0 load, 1 fill, 2 drain) stalls in each of some cycles; the harness has the same function."""
     x = (seed + 0x9E3779B9 * port + 0x85EBCA6B * cycles).astype(np.uint32)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return ((x ^ (x >> 16)) & 255) < share
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+    return ((x ^ (x >> np.uint32(16))) & np.uint32(255)) < share
 
 
 class _Port:
