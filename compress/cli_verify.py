@@ -56,8 +56,9 @@ def verify_network(
     from compress.verify_network import verify_network as run
     from hwsim.machine import load_machine
     from hwsim.rtl_simulator import Mismatch, RtlSimulator
+    from hwsim.verification_layers import VERIFICATION_MACHINES, verification_machine
 
-    chosen = load_machine(machine)
+    chosen = verification_machine(machine) if machine in VERIFICATION_MACHINES else load_machine(machine)
     artifact, inputs = _network(model, chosen.array.block, images, data, pruned, unified, seed)
     click.echo("building the design", err=True)
     with RtlSimulator(chosen) as simulator:
