@@ -21,7 +21,10 @@ __all__ = ["verify_network"]
 )
 @click.argument("model")
 @click.option(
-    "--machine", default="msa-8x8", show_default=True, help="Preset, or the path of a machine file."
+    "--machine",
+    default="msa-8x8",
+    show_default=True,
+    help="Preset, machine of hwsim verify, or the path of a machine file.",
 )
 @click.option("--layer", "layers", multiple=True, help="Only this layer; repeat it. Default: all.")
 @click.option("--images", default=1, show_default=True, type=click.IntRange(1), help="One after the other.")
