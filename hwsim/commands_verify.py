@@ -109,6 +109,10 @@ def verify(
             for name in names or VERIFICATION_MACHINES
         )
         tasks = [(machine, per_machine, seed) for machine in machines]
+    click.echo(
+        f"{len(tasks)} machines, {per_machine:,} layers each; a design is built before its first layer",
+        err=True,
+    )
     click.echo(_COLUMNS)
     begun, summaries = time.perf_counter(), []
     for found in _run(tasks, jobs, results):
@@ -120,10 +124,9 @@ def verify(
             context.exit(1)
         summaries.append(found)
         click.echo(_row(found))
-        if len(tasks) > len(VERIFICATION_MACHINES):
-            spent = time.perf_counter() - begun
-            left = spent / len(summaries) * (len(tasks) - len(summaries))
-            click.echo(f"{len(summaries)} of {len(tasks)} machines, {left / 60:.0f} min left", err=True)
+        if len(summaries) < len(tasks):
+            left = (time.perf_counter() - begun) / len(summaries) * (len(tasks) - len(summaries))
+            click.echo(f"{len(summaries)} of {len(tasks)} machines, {left / 60:.1f} min left", err=True)
     click.echo(
         f"all equal: {sum(s.layers for s in summaries):,} layers, {sum(s.steps for s in summaries):,} steps, "
         f"{sum(s.cycles for s in summaries):,} cycles, {sum(s.outputs for s in summaries):,} outputs "

@@ -231,7 +231,8 @@ def build(
         )
         if result.returncode == 0:
             result = _make(
-                Path(work), folder / f"runtime-{_short_digest([_verilator_version(verilator), trace])}"
+                Path(work),
+                folder / f"runtime-{_short_digest([str(verilator), _verilator_version(verilator), trace])}",
             )
         if result.returncode:
             raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
