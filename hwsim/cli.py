@@ -35,6 +35,10 @@ _COMMANDS = {
         "compress.cli_verify:verify_network",
         "Run the real layers of a network through the RTL.",
     ),
+    "mutants": (
+        "hwsim.commands_mutants:mutants",
+        "Plant faults in RTL and kernels; the verification must catch them all.",
+    ),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),

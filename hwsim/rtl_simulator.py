@@ -189,7 +189,12 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
 
 
 def build(
-    machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None, trace: bool = False
+    machine: Machine,
+    *,
+    verilator: Path | None = None,
+    cache_folder: Path | None = None,
+    trace: bool = False,
+    mutants: bool = False,
 ) -> Path:
     """The verilated design of a machine, from the cache or newly built.
 
@@ -204,6 +209,8 @@ def build(
         Default: ``hwsim/rtl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
     trace : bool
         Whether the program can write waveforms.
+    mutants : bool
+        Whether the faults of `hwsim.mutation` are built in, each behind a run-time argument.
 
     Raises
     ------
@@ -214,7 +221,8 @@ def build(
     parameters = rtl_parameters(machine)
     sources = _sources()
     folder = cache_folder or _cache_folder()
-    program = folder / _short_digest([_verilator_version(verilator), parameters, trace, sources_digest()])
+    key = [_verilator_version(verilator), parameters, trace, mutants, sources_digest()]
+    program = folder / _short_digest(key)
     if program.exists():
         return program
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,9 +233,11 @@ def build(
             *("--cc", "--exe", "-Wall", "-O3", "--x-assign", "unique", "--x-initial", "unique"),
             *("--top-module", "block_skip_array", "--Mdir", work, "-o", "simulate"),
             *(["--trace"] if trace else []),
+            *(["-DHWSIM_MUTANTS"] if mutants else []),
+            f"-I{sources[0].parent}",
             *(f"-G{name}={value}" for name, value in parameters.items()),
             *("-CFLAGS", " ".join(["-O1", *(f"-DHWSIM_{name}={parameters[name]}" for name in defines)])),
-            *(str(path) for path in sources),
+            *(str(path) for path in sources if path.suffix != ".svh"),
         )
         if result.returncode == 0:
             result = _make(
@@ -268,7 +278,7 @@ def sources_digest() -> str:
 
 def _sources() -> list[Path]:
     folder = Path(str(resources.files("hwsim").joinpath("rtl")))
-    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".vlt", ".cpp"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".svh", ".vlt", ".cpp"))
 
 
 @cache
@@ -314,6 +324,8 @@ class RtlSimulator:
         As in `build`.
     trace : Path, optional
         Where to write waveforms (VCD) of all layers that are run.
+    mutant : int, optional
+        Fault of `hwsim.mutation` to plant, 0 for none of them; needs a build of its own, the same for all.
 
     Attributes
     ----------
@@ -322,12 +334,21 @@ class RtlSimulator:
     """
 
     def __init__(
-        self, machine: Machine, *, cache_folder: Path | None = None, trace: Path | None = None
+        self,
+        machine: Machine,
+        *,
+        cache_folder: Path | None = None,
+        trace: Path | None = None,
+        mutant: int | None = None,
     ) -> None:
         self.machine = machine
-        program = build(machine, cache_folder=cache_folder, trace=trace is not None)
+        program = build(
+            machine, cache_folder=cache_folder, trace=trace is not None, mutants=mutant is not None
+        )
+        arguments = [str(trace)] if trace is not None else []
+        arguments += [f"+mutant={mutant}"] if mutant is not None else []
         self._process = subprocess.Popen(
-            [str(program), *([str(trace)] if trace is not None else [])],
+            [str(program), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -1,6 +1,8 @@
 // One row of the array: its part of the four weight memories, front end, operand register, timing of its PEs, and the PEs.
 //
 // Rules 1 to 3 of docs/microarchitecture.md, section 3, meet here: everything acts on the state at the start of the cycle.
+`include "mutants.svh"
+
 module array_row #(
     parameter int COLUMNS = 4,
     parameter int G_O = 4,
@@ -100,14 +102,18 @@ module array_row #(
             end
         if (pass_load) begin
             type_at <= new_bases[31:0] << 3;
+            `MUTANT(28, type_at <= (new_bases[31:0] << 3) + 32'd1;)
             block_row <= block_rows[tile];
+            `MUTANT(29, block_row <= block_rows[0];)
         end
     end
 
     always_comb begin
         new_bases = bases[tile];
+        `MUTANT(30, new_bases = bases[0];)
         // 2 bits a code, 1 bit where the layer has no DENSE block, none in a machine that runs everything as DENSE.
         scan_bit = type_bits[1] ? scan << 1 : scan;
+        `MUTANT(31, scan_bit = scan;)
         for (int d = 0; d < WINDOW; d++)
             codes[2*d+:2] = type_bits == 2'd0 ? 2'd2 : type_bits == 2'd1 ? {1'b0, raw[d]} : raw[2*d+:2];
     end
@@ -122,29 +128,40 @@ module array_row #(
 
     always_comb begin
         execute = operand_full && busy <= BUSY_BITS'(1);
+        `MUTANT(16, execute = operand_full && busy == '0;)
         request = queued && (!operand_full || execute);
+        `MUTANT(17, request = queued && !operand_full;)
         executes_unified = execute && !operand_dense;
         executes_dense = execute && operand_dense;
         if (execute) busy_next = operand_dense ? BUSY_BITS'(DENSE_CYCLES) : BUSY_BITS'(UNIFIED_CYCLES);
         else busy_next = busy == '0 ? '0 : busy - 1'b1;
+        `MUTANT(18, if (executes_dense) busy_next = busy_next + 1'b1;)
+        `MUTANT(19, if (executes_dense) busy_next = busy_next - 1'b1;)
+        `MUTANT(20, if (executes_unified) busy_next = busy_next + 1'b1;)
     end
 
     always_comb begin
         finished_next = scan_finished_next && !grant && (!operand_full || execute) && busy_next == '0;
+        `MUTANT(21, finished_next = scan_finished_next && !grant && (!operand_full || execute);)
         if (busy != '0) row_class = 6'b000001;
         else if (scan_finished && !operand_full) row_class = 6'b000010;
         else if (operand_full) row_class = 6'b000100;
         else if (queued) row_class = grant ? 6'b001000 : 6'b010000;
         else row_class = 6'b100000;
+        `MUTANT(22, if (row_class == 6'b001000) row_class = 6'b010000;)
+        `MUTANT(23, if (row_class == 6'b000010) row_class = 6'b100000;)
+        `MUTANT(24, if (busy == BUSY_BITS'(1) && operand_full) row_class = 6'b000100;)
     end
 
     always_ff @(posedge clock) begin
         if (grant) begin
             operand <= granted_word;
             operand_dense <= head_dense;
+            `MUTANT(27, operand_dense <= head_dense || operand_dense;)
         end
         if (execute) begin
             active <= operand;
+            `MUTANT(26, active <= granted_word;)
             active_dense <= operand_dense;
         end
         if (reset) begin
@@ -153,6 +170,7 @@ module array_row #(
             first <= 1'b0;
         end else begin
             operand_full <= grant || (operand_full && !execute);
+            `MUTANT(25, operand_full <= grant || operand_full;)
             busy <= busy_next;
             first <= execute;
         end

@@ -1,6 +1,8 @@
 // A weight memory of one row: written in up to LANES bytes a cycle, read as WIDTH bits from any bit on, in the same cycle.
 //
 // Two neighbouring words are read and shifted: in silicon the even and the odd words are two banks.
+`include "mutants.svh"
+
 module bit_memory #(
     parameter int BYTES = 64,
     parameter int WIDTH = 16,
@@ -26,6 +28,7 @@ module bit_memory #(
     always_comb begin
         low = INDEX_BITS'(read_bit >> LOG_WORD);
         high = low + 1'b1;
+        `MUTANT(42, high = low;)
         pair = {words[high], words[low]};
         read_data = WIDTH'(pair >> read_bit[LOG_WORD-1:0]);
     end

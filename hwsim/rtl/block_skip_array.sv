@@ -5,6 +5,8 @@
 // column c at (c·g_k + k)·ACTIVATION_BITS, exact 0 beyond the reduction length) and the activation and output buffers, which the
 // channel fills and empties. All ports may stall. The steps of a layer are a program that the host writes; its transfers are read
 // in order from the program port.
+`include "mutants.svh"
+
 module block_skip_array #(
     parameter int ROWS = 4,
     parameter int COLUMNS = 4,
@@ -161,8 +163,10 @@ module block_skip_array #(
         .request, .column(request_column), .grant, .bank, .bank_read, .bank_column);
 
     always_comb
-        for (int f = 0; f < FILL_WORDS; f++)
+        for (int f = 0; f < FILL_WORDS; f++) begin
             fill[f] = fill_request && fill_valid && COLUMN_BITS'(f) < fill_left;
+            `MUTANT(69, fill[f] = fill_request && fill_valid;)
+        end
 
     operand_store #(
         .BANKS(BANKS), .SEGMENT_WORDS(SEGMENT_WORDS), .FILL_WORDS(FILL_WORDS), .WORD_BITS(WORD_BITS),

@@ -2,6 +2,8 @@
 //
 // A phase has weight transfers, then input transfers, then at most one store, which waits until store_ready. The program port shows
 // the next transfer of the layer; the DRAM outside says with which cycle a transfer ends.
+`include "mutants.svh"
+
 module channel (
     input  logic        clock,
     input  logic        reset,
@@ -30,8 +32,11 @@ module channel (
         weights_next = ends && carries_weights ? weights - 32'd1 : weights;
         inputs_next = ends && !carries_weights && inputs != '0 ? inputs - 32'd1 : inputs;
         store_next = store && !(ends && carries_outputs);
+        `MUTANT(89, store_next = store && !ends;)
         phase_done_next = weights_next == '0 && inputs_next == '0 && !store_next;
+        `MUTANT(87, phase_done_next = weights_next == '0 && !store_next;)
         inputs_arrived = inputs == '0;
+        `MUTANT(88, inputs_arrived = inputs_next == '0;)
     end
 
     always_ff @(posedge clock) begin

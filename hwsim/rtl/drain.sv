@@ -2,6 +2,8 @@
 //
 // Live outputs are the real channels of the row tile in the real columns of the column tile; they leave column by column, in each
 // column row by row of the array, in each row by channel.
+`include "mutants.svh"
+
 module drain #(
     parameter int ROWS = 4,
     parameter int COLUMNS = 4,
@@ -51,6 +53,7 @@ module drain #(
 
     always_comb begin
         last_channels = channels - (m_blocks - 32'd1) * 32'(G_O);
+        `MUTANT(49, last_channels = 32'(G_O);)
         column_next = column;
         row_next = row;
         output_next = output_index;
@@ -59,10 +62,12 @@ module drain #(
         for (int l = 0; l < DRAIN_WORDS; l++) begin
             drain_valid[l] = active && column_next < columns;
             block = blocks[32'(row_next)*32+:32];
+            `MUTANT(50, block = row_next;)
             channel = of_group * channels + block * 32'(G_O) + output_next;
             drain_channel[l*32+:32] = channel;
             drain_position[l*32+:32] = origin + column_next;
             used[l*56+:56] = parameters[INDEX_BITS'(channel)];
+            `MUTANT(51, used[l*56+:56] = parameters[INDEX_BITS'(channel - of_group * channels)];)
             taken[l*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] = drain_valid[l]
                 ? accumulators[((32'(row_next)*COLUMNS+32'(column_next))*G_O+32'(output_next))*ACCUMULATOR_BITS+:ACCUMULATOR_BITS]
                 : '0;
@@ -79,6 +84,8 @@ module drain #(
             end
         end
         done_next = !active || (drain_ready && column_next == columns);
+        `MUTANT(52, done_next = !active;)
+        `MUTANT(53, done_next = !active || column_next == columns;)
     end
 
     generate
@@ -99,6 +106,7 @@ module drain #(
             of_group <= group;
             rows <= live_rows;
             columns <= width;
+            `MUTANT(54, columns <= 32'(COLUMNS);)
             origin <= position;
             blocks <= block_rows;
             column <= '0;
@@ -110,5 +118,10 @@ module drain #(
             row <= row_next;
             output_index <= output_next;
         end
+        `MUTANT(55, if (active && !start) begin
+            column <= column_next;
+            row <= row_next;
+            output_index <= output_next;
+        end)
     end
 endmodule

@@ -91,7 +91,11 @@ enum Status { kEnded = 1, kTooLong, kOutside, kTwice, kNotArrived, kNotDrained, 
 
 class Bench {
    public:
-    explicit Bench(const char* trace_path) : context(new VerilatedContext) {
+    Bench(int argc, char** argv) : context(new VerilatedContext) {
+        context->commandArgs(argc, argv);  // +mutant=N
+        const char* trace_path = nullptr;
+        for (int i = 1; i < argc; ++i)
+            if (argv[i][0] != '+') trace_path = argv[i];
         context->randReset(2);  // registers that a reset leaves alone, and all memories, begin at random
         context->randSeed(1);
         context->traceEverOn(trace_path != nullptr);
@@ -337,7 +341,7 @@ Job parse(const std::vector<uint32_t>& words) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    Bench bench(argc > 1 ? argv[1] : nullptr);
+    Bench bench(argc, argv);
     uint32_t count = 0;
     while (std::fread(&count, sizeof count, 1, stdin) == 1) {
         std::vector<uint32_t> words(count);

@@ -5,6 +5,8 @@
 // q mod ROWS as row tile q div ROWS; a row's memory is filled in the order in which the parts come, from the start of the half
 // that is loaded. Offsets come before the streams: they say where a block row's part ends and the next begins. Block rows without a
 // byte in a stream are left out of its list of parts, so that every byte is at most one part further than the one before.
+`include "mutants.svh"
+
 module loader #(
     parameter int ROWS = 4,
     parameter int LANES = 4,
@@ -122,10 +124,12 @@ module loader #(
         entry_last = part_of[{of, INDEX_BITS'(first + count - 32'd1)}];
         channel_now = begun ? channel_held : first;
         channel_index = channel_now;
+        `MUTANT(96, channel_index = channel_now ^ 32'd1;)
         tails_now = tails;
         previous_now = previous;
         used_now = used;
         if (!begun && part != part_before) used_now = {ROWS{half ? half_bytes : 32'd0}};
+        `MUTANT(92, if (!begun && part != part_before) used_now = '0;)
         if (!begun && part == OFFSETS)
             // A new run: what the list ended with stays.
             for (int s = 0; s < 4; s++)
@@ -147,10 +151,13 @@ module loader #(
                     end
                     {tile_now, row_now} = goes_to[{of, entry_now}];
                     write[32'({row_now, of})*LANES+l] = 1'b1;
+                    `MUTANT(94, if (!begun_now) write[32'({row_now, of})*LANES+l] = 1'b0;)
+                    `MUTANT(95, if (l == LANES - 1) write[32'({row_now, of})*LANES+l] = 1'b0;)
                     write_byte[l*32+:32] = used_now[32'(row_now)*32+:32];
                     directory_write[32'(row_now)*LANES+l] = part_begins;
                     directory_tile[l*(TILE_BITS+1)+:TILE_BITS+1] = {half, tile_now};
                     directory_value[l*32+:32] = used_now[32'(row_now)*32+:32];
+                    `MUTANT(93, directory_value[l*32+:32] = used_now[32'(row_now)*32+:32] + 32'd1;)
                     used_now[32'(row_now)*32+:32] = used_now[32'(row_now)*32+:32] + 32'd1;
                     at_now = at_now + 32'd1;
                 end
@@ -168,6 +175,7 @@ module loader #(
                     byte_count_now = byte_count_now ^ 3'd1;
                     if (byte_count_now == '0) begin
                         word = 32'({load_data[8*l+:8], bytes_now[47:40]});
+                        `MUTANT(90, word = place_now;)
                         place_write[l] = 1'b1;
                         table_row[l*INDEX_BITS+:INDEX_BITS] = INDEX_BITS'(block_row_now - place_now + word);
                         table_place[l*PLACE_BITS+:PLACE_BITS] = {tile_now, row_now};
@@ -180,6 +188,7 @@ module loader #(
                     if (byte_count_now == '0) begin
                         word = {load_data[8*l+:8], bytes_now[47:24]};
                         goes = sorted ? place_of[INDEX_BITS'(block_row_now)] : {tile_now, row_now};
+                        `MUTANT(91, goes = {tile_now, row_now};)
                         // The part before this one has no byte: it leaves the list.
                         if (block_row_now != first && word != previous_now[32*stream_now+:32])
                             tails_now[stream_now*INDEX_BITS+:INDEX_BITS] =

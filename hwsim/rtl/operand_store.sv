@@ -2,6 +2,8 @@
 //
 // Block column j lies in bank j mod BANKS, there in the order of the columns of its segment. The fill port writes FILL_WORDS words
 // of consecutive block columns in a cycle. With a power of two of banks the divisions are wires.
+`include "mutants.svh"
+
 module operand_store #(
     parameter int BANKS = 4,
     parameter int SEGMENT_WORDS = 16,
@@ -50,5 +52,9 @@ module operand_store #(
             if (fill[f])
                 words[place(!half, segment_begin, 32'(fill_bank[f*COLUMN_BITS+:COLUMN_BITS]), fill_column + COLUMN_BITS'(f))]
                     <= fill_data[f*WORD_BITS+:WORD_BITS];
+        `MUTANT(68, for (int f = 0; f < FILL_WORDS; f++)
+            if (fill[f])
+                words[place(half, segment_begin, 32'(fill_bank[f*COLUMN_BITS+:COLUMN_BITS]), fill_column + COLUMN_BITS'(f))]
+                    <= fill_data[f*WORD_BITS+:WORD_BITS];)
     end
 endmodule

@@ -7,6 +7,8 @@
 // Beside it runs the DRAM channel, in phases: before step 0 the loads of step 0; in step i the loads of step i+1, then the store of
 // step i-1; behind the last step its store. A step ends when its passes and its phase are done. Two things wait for data: the
 // first fill of a step for the inputs that this step's loads bring, and a store for the last drain of its step.
+`include "mutants.svh"
+
 module sequencer #(
     parameter int ROWS = 4,
     parameter int COLUMNS = 4,
@@ -100,6 +102,7 @@ module sequencer #(
         if (next_rows > 32'(ROWS)) next_rows = 32'(ROWS);
         length = k_blocks - next_begin;
         if (length > COLUMN_BITS'(SEGMENT_WORDS)) length = COLUMN_BITS'(SEGMENT_WORDS);
+        `MUTANT(80, if (length > COLUMN_BITS'(SEGMENT_WORDS - 1)) length = COLUMN_BITS'(SEGMENT_WORDS - 1);)
         next_end = next_begin + length;
 
         after_valid = 1'b1;
@@ -124,11 +127,16 @@ module sequencer #(
         // A column tile of one segment stays in the store for the next row tile.
         needs_fill = next_valid && !(state == RUN && k_blocks <= COLUMN_BITS'(SEGMENT_WORDS)
             && group == step_group && position == next_position && width == next_width);
+        `MUTANT(70, if (state == RUN && k_blocks <= COLUMN_BITS'(SEGMENT_WORDS) && group == step_group) needs_fill = 1'b0;)
+        `MUTANT(71, needs_fill = next_valid;)
         enters_step = state == RUN && next_valid && next_step != step;
         fill_request = (state == PRIME || state == RUN) && needs_fill && filled < length
             && (!enters_step || inputs_arrived);
+        `MUTANT(82, fill_request = (state == PRIME || state == RUN) && needs_fill && filled < length;)
         filled_next = fill_request && fill_valid ? filled + COLUMN_BITS'(FILL_WORDS) : filled;
+        `MUTANT(72, if (fill_request) filled_next = filled + COLUMN_BITS'(FILL_WORDS);)
         fill_done_next = !needs_fill || filled_next >= length;
+        `MUTANT(73, if (state == RUN) fill_done_next = 1'b1;)
         fill_group = step_group;
         fill_position = next_position;
         fill_width = next_width;
@@ -139,13 +147,18 @@ module sequencer #(
         advance = fill_done_next
             && (state == PRIME || (state == RUN && rows_finished_next && (!last_of_pass || drain_done_next)
                 && (!enters_step || phase_done_next)));
+        `MUTANT(74, if (pass_ends && rows_finished_next && fill_done_next && (!enters_step || phase_done_next)) advance = 1'b1;)
+        `MUTANT(81, if (enters_step && rows_finished_next && fill_done_next && drain_done_next) advance = 1'b1;)
         counting = state == RUN && !complete;
         segment_load = advance && next_valid;
         segment_begin = next_begin;
         segment_end = next_end;
         pass_load = segment_load && next_begin == '0;
+        `MUTANT(75, pass_load = segment_load;)
         tile_rows = next_rows;
+        `MUTANT(76, tile_rows = 32'(ROWS);)
         tile = {next_half, TILE_BITS'(step_group * tiles + next_tile)};
+        `MUTANT(77, tile = {next_half, TILE_BITS'(next_tile)};)
         switch_set = advance && (state == PRIME || pass_ends);
         segment_done = advance && state == RUN;
         drain_start = advance && pass_ends;
@@ -160,16 +173,20 @@ module sequencer #(
         // Step 0 begins with its first fill, every other one with its first segment.
         begins_step = (state == LOAD && phase_done_next) || (advance && enters_step);
         next_half = weight_half ^ (begins_step && step_weights != '0);
+        `MUTANT(85, next_half = weight_half ^ begins_step;)
         step_done = begins_step || (state == LAST_DRAIN && drain_done_next && phase_done_next)
             || (state == STORE && phase_done_next);
         phase_start = start || (step_done && state != STORE);
         phase_store = (begins_step && state != LOAD) || state == LAST_DRAIN;
+        `MUTANT(86, if (state == LAST_DRAIN) phase_store = 1'b0;)
         phase_half = !start && !next_half;
+        `MUTANT(84, phase_half = !start && next_half;)
         phase_weights = '0;
         phase_inputs = '0;
         if (start) {phase_inputs, phase_weights} = program_steps[0][223:160];
         else if (begins_step && next_step + 32'd1 != steps) {phase_inputs, phase_weights} = following_transfers;
         store_ready = !draining;
+        `MUTANT(83, store_ready = 1'b1;)
     end
 
     always_ff @(posedge clock) begin
@@ -205,9 +222,11 @@ module sequencer #(
             complete <= state == RUN && rows_finished_next && !advance;
             filled <= advance ? '0 : filled_next;
             if (switch_set) live_set <= !live_set;
+            `MUTANT(78, if (switch_set) live_set <= live_set;)
             if (advance) begin
                 state <= next_valid ? RUN : LAST_DRAIN;
                 if (needs_fill) half <= !half;
+                `MUTANT(79, half <= half;)
                 step <= next_step;
                 group <= step_group;
                 rows <= next_rows;
