@@ -35,6 +35,7 @@ _COMMANDS = {
         "compress.cli_verify:verify_network",
         "Run the real layers of a network through the RTL.",
     ),
+    "trace": ("sweeps.cli_trace:trace", "One pass of a layer cycle by cycle, as text or as a figure."),
     "mutants": (
         "hwsim.commands_mutants:mutants",
         "Plant faults in RTL and kernels; the verification must catch them all.",

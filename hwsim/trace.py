@@ -6,7 +6,6 @@ one in characters, `sweeps.trace_figure` as a figure.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,16 @@ from hwsim.lowering import effective_counts, effective_types, execution_order, l
 from hwsim.machine import Machine
 from hwsim.oracle import COUNTERS, RowState, oracle_pass
 
-__all__ = ["STATE_FIELDS", "PassTrace", "TracedPass", "pick_pass", "trace_pass", "trace_pass_rtl", "trace_text", "vcd_samples"]
+__all__ = [
+    "STATE_FIELDS",
+    "PassTrace",
+    "TracedPass",
+    "pick_pass",
+    "trace_pass",
+    "trace_pass_rtl",
+    "trace_text",
+    "vcd_samples",
+]
 
 STATE_FIELDS = RowState._fields
 """Names of the last axis of `PassTrace.states`."""
@@ -149,7 +157,17 @@ def trace_pass(of: TracedPass) -> PassTrace:
 # --- From the RTL -----------------------------------------------------------------------------------------------------------
 
 _TOP = "TOP.block_skip_array"
-_ROW_SIGNALS = ("scan", "skip.count", "operand_full", "busy", "active_dense", "request", "request_column", "grant", "row_class")
+_ROW_SIGNALS = (
+    "scan",
+    "skip.count",
+    "operand_full",
+    "busy",
+    "active_dense",
+    "request",
+    "request_column",
+    "grant",
+    "row_class",
+)
 _FIRST_CLASS = COUNTERS.index("busy")
 
 
@@ -245,10 +263,13 @@ def vcd_samples(path: Path, clock: str, names: Sequence[str]) -> NDArray[np.int6
             raise FormatError(str(path), missing)
         values = {codes[name]: 0 for name in (clock, *names)}
         samples: list[list[int]] = []
+        begun = False
         for line in file:
             if line[0] == "#":
-                if samples_now := values[codes[clock]] == 0 and line != "#0\n":
+                # The changes of a time follow its mark: what was before this one is complete.
+                if begun and values[codes[clock]] == 0:
                     samples.append([values[codes[name]] for name in names])
+                begun = True
                 continue
             binary = line[0] == "b"
             digits, code = line[1:].split() if binary else (line[0], line[1:].strip())
