@@ -376,6 +376,30 @@ MUTANTS: tuple[Mutant, ...] = (
         "cost[0, _FILL_STALL] += fill[0]",
         "cost[0, _FILL_STALL] += 0",
     ),
+    KernelMutant(
+        132,
+        "steps",
+        "a transfer leaves out its last, partial burst",
+        "bursts = (size_bytes + config.burst_bytes - 1) // config.burst_bytes",
+        "bursts = size_bytes // config.burst_bytes",
+    ),
+    KernelMutant(
+        133,
+        "steps",
+        "a step does not wait for the store of the one before",
+        "memory += cost[i - 1, _STORE]",
+        "memory += 0",
+    ),
+    KernelMutant(
+        134, "steps", "input rows that are resident are loaded again", "    if v1 > v0:", "    if False:"
+    ),
+    KernelMutant(
+        135,
+        "steps",
+        "loads and stores do not overlap the passes",
+        "cost[i, _STEP] = max(time, memory)",
+        "cost[i, _STEP] = time + memory",
+    ),
 )
 """Every fault that is planted. Each is seen in cycles, counters or outputs; what no run can see is not listed."""
 

@@ -180,8 +180,10 @@ def trace_pass_rtl(of: TracedPass) -> PassTrace:
         The design cannot be this machine, or the pass does not fit its memories.
     BuildError
         Verilator or the C++ compiler refused the design.
+    Mismatch
+        The design did not end, or its waveforms are not of the cycles that it counted.
     """
-    from hwsim.rtl_simulator import RtlSimulator
+    from hwsim.rtl_simulator import Mismatch, RtlSimulator
     from hwsim.simulator import run_layer
 
     layer = _layer_of_one_pass(of)
@@ -189,8 +191,14 @@ def trace_pass_rtl(of: TracedPass) -> PassTrace:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "waves.vcd"
         with RtlSimulator(of.machine, trace=path) as simulator:
-            simulator.run(run, np.zeros((1, layer.shape.k, layer.shape.n), np.int64))
-        return PassTrace(of, "RTL", _states_of_waves(of, path))
+            result = simulator.run(run, np.zeros((1, layer.shape.k, layer.shape.n), np.int64))
+        states = _states_of_waves(of, path)
+    cycles = int(result.counters[of.segment, COUNTERS.index("cycles")])
+    if len(states) != cycles:
+        raise Mismatch(
+            f"{len(states)} cycles of segment {of.segment} in the waveforms, the design counted {cycles}"
+        )
+    return PassTrace(of, "RTL", states)
 
 
 def _layer_of_one_pass(of: TracedPass) -> Layer:
@@ -216,9 +224,10 @@ def _states_of_waves(of: TracedPass, path: Path) -> NDArray[np.int64]:
     names = [f"{_TOP}.counting", f"{_TOP}.segment_load"]
     names += [f"{_TOP}.g_row[{r}].row.{signal}" for r in range(live) for signal in _ROW_SIGNALS]
     samples = vcd_samples(path, f"{_TOP}.clock", names)
-    # A segment counts from the cycle after its load on.
-    segment = np.cumsum(samples[:, 1]) - samples[:, 1] - 1
-    chosen = samples[(samples[:, 0] == 1) & (segment == of.segment)]
+    counting, load = samples[:, 0] == 1, samples[:, 1] == 1
+    # A segment counts from the cycle after its load on; before the reset, registers hold anything.
+    begins = counting & np.append(False, load[:-1])
+    chosen = samples[counting & (np.cumsum(begins) - 1 == of.segment)]
     cycles = chosen.shape[0]
     signals = chosen[:, 2:].reshape(cycles, live, len(_ROW_SIGNALS))
     at = {name: signals[:, :, index] for index, name in enumerate(_ROW_SIGNALS)}
