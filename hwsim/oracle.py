@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
@@ -197,7 +197,7 @@ def _scan(row: _Row, skip_window: int, count: dict[str, int]) -> None:
 
 
 def oracle_layer(
-    types: Sequence[Sequence[int]], order: Sequence[int], *, rows: int, **machine: int
+    types: Sequence[Sequence[int]], order: Sequence[int], *, rows: int, **machine: Any
 ) -> list[dict[str, int]]:
     """Every row tile of one GEMM in execution order, each as one pass in one segment (see `oracle_pass`)."""
     return [

@@ -91,11 +91,12 @@ def test_without_the_define_nothing_of_the_faults_is_in_the_design() -> None:
 
     def preprocessed(*arguments: str) -> str:
         command = ["verilator", "-E", f"-I{folder}", *arguments, *sources]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.lower()
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        return "\n".join(line for line in lines if not line.startswith("`line")).lower()
 
     if shutil.which("verilator") is None:
         pytest.skip("Verilator is not on the path")
-    assert "mutant" not in preprocessed().replace("mutants.svh", "")
+    assert "mutant" not in preprocessed()
     assert preprocessed("-DHWSIM_MUTANTS").count("mutants::planted") == sum(
         isinstance(mutant, RtlMutant) for mutant in MUTANTS
     )
