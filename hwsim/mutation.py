@@ -512,6 +512,8 @@ _CORNERS = (
     # A column tile that stays for the next row tile, and one that does not stay for the next group.
     LayerSpec(12, 18, 1, pruned=1, unified=0),
     LayerSpec(2, 18, 1, groups=3, pruned=1, unified=0),
+    # Output rows that come one by one, each with an input row beside the two that the one before left.
+    LayerSpec(4, 16, 7, height=9, kernel=3),
     # Long runs of pruned blocks behind the last one executed.
     LayerSpec(9, 89, 4, pruned=0.95, unified=0.03),
 )
