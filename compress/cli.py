@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from compress.fit import Progress
     from compress.rules import CompressionConfig, Recipe
 
-__all__ = ["compress", "train"]
+__all__ = ["compress", "load_images", "train"]
 
 
 def _data_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -64,7 +64,7 @@ def train(
     zoo.network(network)  # a misspelt name is said before the images are read
     path = out or Path(f"{network}.safetensors")
     check_writable(path)
-    images = _load(data, train_images, test_images, seed)
+    images = load_images(data, train_images, test_images, seed)
     classes = len(images.classes)
     model = zoo.build(network, classes, seed)
     with _progress_bar(epochs) as progress:
@@ -134,7 +134,7 @@ def compress(
     checkpoint = load_checkpoint(model)
     path = out or model.with_name(f"{model.name.removesuffix('.safetensors')}.hws.safetensors")
     check_writable(path)
-    images = _load(data, train_images, test_images, seed)
+    images = load_images(data, train_images, test_images, seed)
     with _progress_bar(recipe.epochs_admm + recipe.epochs_retrain, recipe.epochs_admm) as progress:
         artifact = compress_checkpoint(
             checkpoint,
@@ -183,7 +183,7 @@ def _settings(path: Path | None, options: dict[str, Any]) -> tuple[CompressionCo
     return parse_config(from_file | given, str(path) if path is not None else "options"), recipe
 
 
-def _load(data: str, train_images: int | None, test_images: int | None, seed: int) -> Dataset:
+def load_images(data: str, train_images: int | None, test_images: int | None, seed: int) -> Dataset:
     """Images by name or from a folder; what the library warns of goes to stderr in plain words."""
     import warnings
 

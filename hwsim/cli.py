@@ -35,6 +35,15 @@ _COMMANDS = {
         "hwsim.commands_verify:verify",
         "Check the cycle model against the RTL, built with Verilator.",
     ),
+    "verify-network": (
+        "compress.cli_verify:verify_network",
+        "Run the real layers of a network through the RTL.",
+    ),
+    "trace": ("sweeps.cli_trace:trace", "One pass of a layer cycle by cycle, as text or as a figure."),
+    "mutants": (
+        "hwsim.commands_mutants:mutants",
+        "Plant faults in RTL and kernels; the verification must catch them all.",
+    ),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hwsim.errors import InputError, Problem
 from hwsim.layer import check_types
@@ -14,7 +15,7 @@ from hwsim.machine import Machine
 from hwsim.oracle import COUNTERS
 from hwsim.simulator import pass_counters
 
-__all__ = ["count_passes"]
+__all__ = ["count_passes", "load_types"]
 
 
 def count_passes(machine: Machine, types_path: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
@@ -36,6 +37,31 @@ def count_passes(machine: Machine, types_path: Path) -> tuple[list[dict[str, Any
     Raises
     ------
     InputError
+        As `load_types`.
+    """
+    layer = load_types(types_path)[None]
+    order = execution_order(effective_counts(layer, machine), machine)
+    counters = pass_counters(effective_types(layer, machine), order, pass_config(machine, one_segment=True))[
+        0, :, 0
+    ]
+    rows = machine.array.rows
+    tiles = [
+        {
+            "row_tile": index,
+            "block_rows": order[0, index * rows : (index + 1) * rows].tolist(),
+            **dict(zip(COUNTERS, values.tolist(), strict=True)),
+        }
+        for index, values in enumerate(counters)
+    ]
+    return tiles, dict(zip(COUNTERS, counters.sum(axis=0).tolist(), strict=True))
+
+
+def load_types(types_path: Path) -> NDArray[np.uint8]:
+    """``uint8[Mb, Kb]``: the block types in a ``.npy`` file.
+
+    Raises
+    ------
+    InputError
         No such file, not a NumPy file, or not an array of block types.
     """
     source = str(types_path)
@@ -52,18 +78,4 @@ def count_passes(machine: Machine, types_path: Path) -> tuple[list[dict[str, Any
         raise InputError(
             source, Problem("types", f"{types.ndim} dimensions, must be 2: block rows × block columns")
         )
-    layer = types[None]
-    order = execution_order(effective_counts(layer, machine), machine)
-    counters = pass_counters(effective_types(layer, machine), order, pass_config(machine, one_segment=True))[
-        0, :, 0
-    ]
-    rows = machine.array.rows
-    tiles = [
-        {
-            "row_tile": index,
-            "block_rows": order[0, index * rows : (index + 1) * rows].tolist(),
-            **dict(zip(COUNTERS, values.tolist(), strict=True)),
-        }
-        for index, values in enumerate(counters)
-    ]
-    return tiles, dict(zip(COUNTERS, counters.sum(axis=0).tolist(), strict=True))
+    return types

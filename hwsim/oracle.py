@@ -6,12 +6,13 @@ Written for reading beside `docs/microarchitecture.md`, rule by rule; it shares 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
-__all__ = ["COUNTERS", "oracle_layer", "oracle_pass"]
+__all__ = ["COUNTERS", "RowState", "oracle_layer", "oracle_pass"]
 
 COUNTERS = (
     "cycles",
@@ -31,6 +32,39 @@ COUNTERS = (
 """Names of the counters of a pass, in the order in which every implementation reports them."""
 
 
+class RowState(NamedTuple):
+    """One row at the start of a cycle, and what it asks for and gets in it. Block columns are -1 where there is none.
+
+    Attributes
+    ----------
+    scan : int
+        Next block column to look at.
+    queue : int
+        Entries in the queue.
+    operand : int
+        Block column whose activations wait for the PEs.
+    busy : int
+        Cycles that the PEs still need.
+    executing : int
+        Type of the block that they work on, PRUNED where ``busy`` is 0.
+    request : int
+        Block column that the row asks its bank for.
+    granted : int
+        1 if it gets it.
+    row_class : int
+        Class of the row-cycle: index into `COUNTERS`.
+    """
+
+    scan: int
+    queue: int
+    operand: int
+    busy: int
+    executing: int
+    request: int
+    granted: int
+    row_class: int
+
+
 @dataclass
 class _Row:
     types: Sequence[int]
@@ -39,6 +73,7 @@ class _Row:
     queue: deque[int] = field(default_factory=deque)
     operand: int | None = None
     busy: int = 0
+    executing: int = PRUNED
 
     @property
     def finished(self) -> bool:
@@ -63,6 +98,7 @@ def oracle_pass(
     dense_cycles: int,
     begin: int = 0,
     end: int | None = None,
+    observe: Callable[[list[RowState]], None] | None = None,
 ) -> dict[str, int]:
     """One pass (or one segment ``begin … end`` of it) of at most ``rows`` block rows.
 
@@ -76,6 +112,8 @@ def oracle_pass(
         Occupancy of a PE by a block.
     begin, end : int
         Range of block columns.
+    observe : callable, optional
+        Is handed the states of the real rows in every cycle.
 
     Returns
     -------
@@ -95,8 +133,11 @@ def oracle_pass(
             if j is not None:
                 granted[j % banks] = min(j, granted.get(j % banks, j))
         count["words"] += len(granted)
-        for row, j in zip(array, requests, strict=True):
-            grant = j is not None and granted[j % banks] == j
+        grants = [j is not None and granted[j % banks] == j for j in requests]
+        if observe is not None:
+            real = zip(array[: len(types)], requests, grants, strict=False)
+            observe([_state(row, j, grant) for row, j, grant in real])
+        for row, grant in zip(array, grants, strict=True):
             count[_row_class(row, grant)] += 1
             queue_had_room = len(row.queue) < queue_depth
             _execute(row, occupancy)
@@ -107,6 +148,19 @@ def oracle_pass(
             if row.scan < row.end and queue_had_room:
                 _scan(row, skip_window, count)
     return count
+
+
+def _state(row: _Row, request: int | None, grant: bool) -> RowState:
+    return RowState(
+        scan=row.scan,
+        queue=len(row.queue),
+        operand=-1 if row.operand is None else row.operand,
+        busy=row.busy,
+        executing=row.executing if row.busy else PRUNED,
+        request=-1 if request is None else request,
+        granted=int(grant),
+        row_class=COUNTERS.index(_row_class(row, grant)),
+    )
 
 
 def _row_class(row: _Row, grant: bool) -> str:
@@ -123,7 +177,8 @@ def _row_class(row: _Row, grant: bool) -> str:
 
 def _execute(row: _Row, occupancy: dict[int, int]) -> None:
     if row.busy <= 1 and row.operand is not None:
-        row.busy = occupancy[row.types[row.operand]]
+        row.executing = row.types[row.operand]
+        row.busy = occupancy[row.executing]
         row.operand = None
     else:
         row.busy = max(row.busy - 1, 0)
@@ -142,7 +197,7 @@ def _scan(row: _Row, skip_window: int, count: dict[str, int]) -> None:
 
 
 def oracle_layer(
-    types: Sequence[Sequence[int]], order: Sequence[int], *, rows: int, **machine: int
+    types: Sequence[Sequence[int]], order: Sequence[int], *, rows: int, **machine: Any
 ) -> list[dict[str, int]]:
     """Every row tile of one GEMM in execution order, each as one pass in one segment (see `oracle_pass`)."""
     return [

@@ -6,15 +6,18 @@ its memory image, its steps and its input matrix; cycles, counters and outputs c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,36 +26,38 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsim.causal import NO_STALLS, Stalls
 from hwsim.errors import HwsimError, InputError, Problem
 from hwsim.image import memory_image, type_code_bits
 from hwsim.layer import STREAMS
 from hwsim.lowering import lower_machine, occupancy
 from hwsim.machine import Machine
-from hwsim.mapping import column_units
+from hwsim.program import CHANNEL_PARTS, Program, layer_program, taps
 from hwsim.simulator import LayerRun
 
 __all__ = [
-    "NO_STALLS",
     "BuildError",
     "Mismatch",
     "RtlResult",
     "RtlSimulator",
-    "Stalls",
-    "Step",
     "build",
     "find_verilator",
     "rtl_parameters",
-    "run_steps",
     "unified_in_time",
 ]
 
 MAX_TILES, MAX_CHANNELS, MAX_STEPS = 512, 4096, 4096
 """Registers of the built design: row tiles of all groups, output channels, steps of a layer."""
+MAX_LOAD_BYTES = 128
+"""Bytes that the built design takes from DRAM in a cycle."""
+_ENDED = 1
 _STATUS = {
-    0: "the load port asked for a byte outside the image, or did not finish",
     2: "the layer did not end within its cycle limit",
     3: "an output left for a place outside the layer",
     4: "an output left twice",
+    5: "a fill read an input that had not arrived",
+    6: "a store sent outputs that had not drained",
+    7: "the channel asked for another transfer than the program has",
 }
 
 
@@ -62,25 +67,6 @@ class BuildError(HwsimError):
 
 class Mismatch(HwsimError):
     """The RTL and the reference differ; the text says where first."""
-
-
-@dataclass(frozen=True)
-class Stalls:
-    """Share of cycles, in 256ths, in which a port stalls; `hwsim.verify.stalls` says in which.
-
-    Attributes
-    ----------
-    load, fill, drain, seed : int
-    """
-
-    load: int = 0
-    fill: int = 0
-    drain: int = 0
-    seed: int = 0
-
-
-NO_STALLS = Stalls()
-"""Every port is ready in every cycle."""
 
 
 def find_verilator() -> Path:
@@ -163,6 +149,16 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
             ),
         )
     lowered = lower_machine(machine)
+    load_bytes = math.ceil(Fraction(lowered.step_config.dram_bytes, lowered.step_config.dram_cycles))
+    if load_bytes > MAX_LOAD_BYTES:
+        raise InputError(
+            f"machine {machine.name}",
+            Problem(
+                "dram.gb_per_s",
+                f"{load_bytes:,} bytes a cycle, the design takes up to {MAX_LOAD_BYTES}",
+                "verify the machine with a slower channel",
+            ),
+        )
     array, precision = machine.array, machine.precision
     names = ("TYPE_BYTES", "SIGN_BYTES", "MAGNITUDE_BYTES", "DENSE_BYTES")
     return {
@@ -185,6 +181,7 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
         "ACTIVATION_BITS": precision.activation_bits,
         "ACCUMULATOR_BITS": precision.accumulator_bits,
         **dict(zip(names, lowered.row_share_bytes, strict=True)),
+        "LOAD_BYTES": load_bytes,
         "MAX_TILES": MAX_TILES,
         "MAX_CHANNELS": MAX_CHANNELS,
         "MAX_STEPS": MAX_STEPS,
@@ -192,7 +189,12 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
 
 
 def build(
-    machine: Machine, *, verilator: Path | None = None, cache_folder: Path | None = None, trace: bool = False
+    machine: Machine,
+    *,
+    verilator: Path | None = None,
+    cache_folder: Path | None = None,
+    trace: bool = False,
+    mutants: bool = False,
 ) -> Path:
     """The verilated design of a machine, from the cache or newly built.
 
@@ -207,6 +209,8 @@ def build(
         Default: ``hwsim/rtl`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
     trace : bool
         Whether the program can write waveforms.
+    mutants : bool
+        Whether the faults of `hwsim.mutation` are built in, each behind a run-time argument.
 
     Raises
     ------
@@ -216,47 +220,65 @@ def build(
     verilator = verilator or find_verilator()
     parameters = rtl_parameters(machine)
     sources = _sources()
-    digest = hashlib.sha256(_verilator_version(verilator).encode())
-    digest.update(json.dumps([parameters, trace], sort_keys=True).encode())
-    for path in sources:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     folder = cache_folder or _cache_folder()
-    program = folder / digest.hexdigest()[:32]
+    key = [_verilator_version(verilator), parameters, trace, mutants, sources_digest()]
+    program = folder / _short_digest(key)
     if program.exists():
         return program
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        defines = ("ROWS", "COLUMNS", "G_K", "FILL_WORDS", "DRAIN_WORDS", "ACTIVATION_BITS")
+        defines = ("ROWS", "COLUMNS", "G_K", "FILL_WORDS", "DRAIN_WORDS", "ACTIVATION_BITS", "LOAD_BYTES")
         result = _run_verilator(
             verilator,
-            *(
-                "--cc",
-                "--exe",
-                "--build",
-                "-j",
-                "1",
-                "-Wall",
-                "-O3",
-                "--x-assign",
-                "unique",
-                "--x-initial",
-                "unique",
-            ),
+            *("--cc", "--exe", "-Wall", "-O3", "--x-assign", "unique", "--x-initial", "unique"),
             *("--top-module", "block_skip_array", "--Mdir", work, "-o", "simulate"),
             *(["--trace"] if trace else []),
+            *(["-DHWSIM_MUTANTS"] if mutants else []),
+            f"-I{sources[0].parent}",
             *(f"-G{name}={value}" for name, value in parameters.items()),
             *("-CFLAGS", " ".join(["-O1", *(f"-DHWSIM_{name}={parameters[name]}" for name in defines)])),
-            *(str(path) for path in sources),
+            *(str(path) for path in sources if path.suffix != ".svh"),
         )
+        if result.returncode == 0:
+            result = _make(
+                Path(work),
+                folder / f"runtime-{_short_digest([str(verilator), _verilator_version(verilator), trace])}",
+            )
         if result.returncode:
             raise BuildError(f"machine {machine.name}: {result.stderr.strip() or result.stdout.strip()}")
         os.replace(Path(work) / "simulate", program)
     return program
 
 
+def _make(work: Path, runtime: Path) -> subprocess.CompletedProcess[str]:
+    """Compile a verilated design; Verilator's own objects, most of a small build, are kept for the next one."""
+    if runtime.exists():
+        for path in runtime.iterdir():
+            shutil.copy(path, work)  # newer than their sources, so make takes them
+    command = ["make", "-s", "-C", str(work), "-f", "Vblock_skip_array.mk", "VM_PARALLEL_BUILDS=0"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0 and not runtime.exists():
+        with tempfile.TemporaryDirectory(dir=runtime.parent) as kept:
+            for path in work.glob("verilated*.[od]"):
+                shutil.copy(path, kept)
+            with contextlib.suppress(OSError):  # another build was first
+                os.rename(kept, runtime)
+                os.mkdir(kept)  # for the context manager to remove
+    return result
+
+
+def _short_digest(data: object) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def sources_digest() -> str:
+    """Of the design and its harness: what a build and a result hold for."""
+    return _short_digest([[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in _sources()])
+
+
 def _sources() -> list[Path]:
     folder = Path(str(resources.files("hwsim").joinpath("rtl")))
-    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".cpp"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".sv", ".svh", ".vlt", ".cpp"))
 
 
 @cache
@@ -275,19 +297,21 @@ class RtlResult:
 
     Attributes
     ----------
-    layer_cycles : int
-        From the first fill to the end of the last drain.
-    load_cycles : int
-        Cycles of the load port.
+    ends : tuple of int
+        When load_0, every step and the last store ended, in cycles from the first of the layer.
     counters : int64 array ``[segments run, 13]``
         In the order in which the segments ran.
     outputs : int64 array ``[out_channels, n]``
     """
 
-    layer_cycles: int
-    load_cycles: int
+    ends: tuple[int, ...]
     counters: NDArray[np.int64]
     outputs: NDArray[np.int64]
+
+    @property
+    def layer_cycles(self) -> int:
+        """The layer's latency."""
+        return self.ends[-1]
 
 
 class RtlSimulator:
@@ -300,6 +324,8 @@ class RtlSimulator:
         As in `build`.
     trace : Path, optional
         Where to write waveforms (VCD) of all layers that are run.
+    mutant : int, optional
+        Fault of `hwsim.mutation` to plant, 0 for none of them; needs a build of its own, the same for all.
 
     Attributes
     ----------
@@ -308,12 +334,21 @@ class RtlSimulator:
     """
 
     def __init__(
-        self, machine: Machine, *, cache_folder: Path | None = None, trace: Path | None = None
+        self,
+        machine: Machine,
+        *,
+        cache_folder: Path | None = None,
+        trace: Path | None = None,
+        mutant: int | None = None,
     ) -> None:
         self.machine = machine
-        program = build(machine, cache_folder=cache_folder, trace=trace is not None)
+        program = build(
+            machine, cache_folder=cache_folder, trace=trace is not None, mutants=mutant is not None
+        )
+        arguments = [str(trace)] if trace is not None else []
+        arguments += [f"+mutant={mutant}"] if mutant is not None else []
         self._process = subprocess.Popen(
-            [str(program), *([str(trace)] if trace is not None else [])],
+            [str(program), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -367,92 +402,95 @@ class RtlSimulator:
             )
         words = np.frombuffer(stdout.read(4 * int(np.frombuffer(head, "<u4")[0])), "<i4").astype(np.int64)
         self.rtl_seconds += time.perf_counter() - begun
-        status, load_cycles, layer_cycles, written, segments = words[:5].tolist()
-        if status != 1:
+        status, layer_cycles, written, segments, n_ends = words[:5].tolist()
+        if status != _ENDED:
             raise Mismatch(f"machine {self.machine.name}, {shape.name}: {_STATUS[status]}")
-        outputs = words[5 + 13 * segments :].reshape(shape.out_channels, shape.n)
+        ends, counters, outputs = np.split(words[5:], [n_ends, n_ends + 13 * segments])
         if written != outputs.size:
             raise Mismatch(f"machine {self.machine.name}: {written} outputs left, {outputs.size} expected")
-        counters = words[5 : 5 + 13 * segments].reshape(segments, 13)
-        return RtlResult(layer_cycles, load_cycles, counters, outputs)
+        if not n_ends or ends[-1] != layer_cycles:
+            raise Mismatch(
+                f"machine {self.machine.name}: the last step ended in {ends[-1:]}, the layer in {layer_cycles}"
+            )
+        return RtlResult(
+            tuple(ends.tolist()), counters.reshape(segments, 13), outputs.reshape(shape.out_channels, shape.n)
+        )
 
 
 def _job(run: LayerRun, machine: Machine, inputs: NDArray[np.int64], stalls: Stalls) -> NDArray[np.uint32]:
     layer, shape = run.layer, run.layer.shape
     groups, m_blocks, k_blocks = layer.types.shape
-    steps = run_steps(run, machine)
     limits = (
         ("row tiles", run.counters.shape[0] * run.counters.shape[1], MAX_TILES),
         ("output channels", shape.out_channels, MAX_CHANNELS),
-        ("steps", len(steps), MAX_STEPS),
+        ("steps", len(run.mapping.steps), MAX_STEPS),
     )
     problems = [
         Problem(name, f"{value:,}, the built design has registers for {limit:,}")
         for name, value, limit in limits
         if value > limit
     ]
-    if run.mapping.weight_residence != "whole":
+    if run.mapping.weight_residence == "streamed":
         problems.append(
-            Problem("weights", f"held {run.mapping.weight_residence}; the design loads all of them once")
+            Problem(
+                "weights",
+                "streamed: one row tile does not fit half of the memories; the design has no ring buffers",
+            )
         )
     if problems:
         raise InputError(f"layer {shape.name} on machine {machine.name}", problems)
+    program = layer_program(run, machine)
     image = memory_image(layer, machine)
+    cells, _ = taps(shape)
+    ranges = [cells for step in program.steps for cells in step.kept]
+    transfers = _transfer_table(program)
     present = sum(1 << index for index, name in enumerate(STREAMS) if run.sizes.stream_bits[name])
     requantizer = layer.weights.requantizer if layer.weights is not None else None
-    totals = run.mapping.totals
-    expected = totals["pass_cycles"] + totals["fill_stall_cycles"] + totals["drain_stall_cycles"]
     fields = [
-        groups,
-        shape.m,
-        m_blocks,
-        k_blocks,
-        shape.k,
-        shape.n,
-        type_code_bits(run.blocks, machine),
-        present,
-        int(machine.features.row_balance == "sorted"),
+        *(groups, shape.m, m_blocks, k_blocks, shape.k, shape.n),
+        *(type_code_bits(run.blocks, machine), present, int(machine.features.row_balance == "sorted")),
         int(requantizer is not None and requantizer.relu),
-        len(image),
-        len(steps),
-        stalls.load,
-        stalls.fill,
-        stalls.drain,
-        stalls.seed,
-        50 * (expected + len(image)) + 10_000,
+        *(len(image), len(program.steps), len(transfers)),
+        *(stalls.load, stalls.fill, stalls.drain, stalls.seed),
+        *_two_words(50 * run.mapping.latency_cycles + 10_000),
+        program.burst_bytes,
+        *_two_words(program.dram_cycles),
+        *_two_words(program.dram_bytes),
+        *(cells.shape[1], shape.batch * math.prod(shape.input_size)),
+        *(int(run.mapping.input_residence == "whole"), len(ranges)),
     ]
-    padded = image + bytes(-len(image) % 4)
-    table = [[step.group, step.first_tile, step.tiles, step.start, step.positions] for step in steps]
-    return np.concatenate(
-        [
-            np.array(fields, np.uint32),
-            np.array(table, np.uint32).reshape(-1),
-            np.frombuffer(padded, "<u4"),
-            inputs.transpose(0, 2, 1).astype(np.int32).reshape(-1).view(np.uint32),
-        ]
+    table = [
+        (
+            *(step.group, step.first_tile, step.tiles, step.start, step.positions),
+            *(len(step.weights), len(step.inputs), step.outputs, len(step.kept)),
+        )
+        for step in program.steps
+    ]
+    parts = (
+        np.array(fields, np.uint32),
+        np.array(table, np.uint32),
+        np.array(transfers, np.uint32),
+        np.array(ranges, np.uint32),
+        np.frombuffer(image + bytes(-len(image) % 4), "<u4"),
+        inputs.transpose(0, 2, 1).astype(np.int32).view(np.uint32),
+        cells.astype(np.int32).view(np.uint32),
     )
+    return np.concatenate([part.reshape(-1) for part in parts])
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step as the sequencer takes it: a group's row tiles against a run of positions."""
-
-    group: int
-    first_tile: int
-    tiles: int
-    start: int
-    positions: int
+def _two_words(value: int) -> tuple[int, int]:
+    return value & 0xFFFFFFFF, value >> 32
 
 
-def run_steps(run: LayerRun, machine: Machine) -> list[Step]:
-    """The mapper's steps with column units resolved into positions."""
-    shape = run.layer.shape
-    bits = machine.precision.activation_bits
-    last = int(run.mapping.steps[:, 4].max())
-    units = column_units(shape, machine.array.columns, bits, False)
-    if units.start.size != last:
-        units = column_units(shape, machine.array.columns, bits, True)
-    return [
-        Step(group, t0, t1 - t0, int(units.start[u0]), int(units.positions[u0:u1].sum()))
-        for group, t0, t1, u0, u1 in run.mapping.steps.tolist()
-    ]
+def _transfer_table(program: Program) -> list[tuple[int, ...]]:
+    """The transfers in the channel's order: loads of step 0; per step the loads of the next and the store of the one before."""
+    numbers = {part: index for index, part in enumerate((*CHANNEL_PARTS, "input", "output"))}
+    steps = program.steps
+    order = [*steps[0].weights, *steps[0].inputs]
+    for index in range(len(steps)):
+        if index + 1 < len(steps):
+            order += [*steps[index + 1].weights, *steps[index + 1].inputs]
+        if index:
+            order.append(steps[index - 1].store)
+    order.append(steps[-1].store)
+    return [(numbers[t.part], t.first, t.place, t.tile, t.count, t.address, t.size_bytes) for t in order]

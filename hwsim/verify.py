@@ -1,30 +1,38 @@
 """Verification: the RTL of the array against the kernel, the plain-Python oracle and a NumPy integer reference.
 
-Random layers in a few integers each, the machines that they run on, the references, the comparison, and the shrinking of one
-that differs. The design itself and its harness are in `hwsim.rtl_simulator`.
+The references, the comparison, and the shrinking of a layer that differs. Layers and machines are in
+`hwsim.verification_layers`, the design itself and its harness in `hwsim.rtl_simulator`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hwsim.causal import NO_STALLS, Stalls, causal_timeline
 from hwsim.errors import FitError, InputError
-from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
+from hwsim.layer import Layer
 from hwsim.lowering import effective_types, lower_machine
-from hwsim.machine import Machine, load_machine, parse_machine
+from hwsim.machine import Machine, parse_machine
 from hwsim.oracle import COUNTERS, oracle_pass
-from hwsim.rtl_simulator import NO_STALLS, Mismatch, RtlResult, RtlSimulator, Stalls, run_steps
+from hwsim.program import Program, layer_program
+from hwsim.rtl_simulator import Mismatch, RtlResult, RtlSimulator
 from hwsim.simulator import LayerRun, run_layer
+from hwsim.verification_layers import (
+    VERIFICATION_MACHINES,
+    LayerSpec,
+    random_machine,
+    random_spec,
+    verification_machine,
+)
+from hwsim.version import MODEL_VERSION
 
 __all__ = [
     "VERIFICATION_MACHINES",
@@ -33,256 +41,23 @@ __all__ = [
     "Summary",
     "check",
     "check_layer",
+    "compare_transfers",
     "load_reproducer",
+    "load_results",
+    "pass_order",
+    "random_machine",
     "random_spec",
     "reference_outputs",
+    "result_line",
     "segment_counters",
     "shrink",
-    "timeline_cycles",
     "verification_machine",
     "verify_machine",
 ]
 
 _UNWRITTEN = -(2**31)
 
-# --- The layers and machines that are verified ------------------------------------------------------------------------------
-
-_SMALL = {
-    "array.rows": 4,
-    "array.columns": 3,
-    "array.block": [2, 2],
-    "array.multipliers": 2,
-    "array.sign_adders": 4,
-    "front_end.skip_window": 3,
-    "front_end.queue_depth": 2,
-    "operand_store.banks": 4,
-    "operand_store.size_kib": 1,
-    "weights.type_kib": 4,
-    "weights.sign_kib": 16,
-    "weights.magnitude_kib": 16,
-    "weights.dense_kib": 64,
-    "output.words_per_cycle": 6,
-}
-
-VERIFICATION_MACHINES: dict[str, dict[str, object]] = {
-    "small": {},
-    "four-by-four": {
-        "array.columns": 2,
-        "array.block": [4, 4],
-        "array.multipliers": 4,
-        "array.sign_adders": 16,
-        "output.words_per_cycle": 32,
-        "weights.dense_kib": 128,
-    },
-    "one-row": {"array.rows": 1, "array.columns": 1, "array.block": [1, 1], "operand_store.banks": 1},
-    "one-bank": {"operand_store.banks": 1, "array.rows": 5},
-    "no-lookahead": {"front_end.skip_window": 1, "front_end.queue_depth": 1, "operand_store.banks": 3},
-    "always-one-cycle": {
-        "array.multipliers": 4,
-        "weights.dense_port_bits": 64,
-        "weights.sign_port_bits": 64,
-        "front_end.queue_depth": 1,
-        "front_end.skip_window": 8,
-    },
-    "seventeen-cycles": {
-        "array.block": [1, 17],
-        "array.multipliers": 1,
-        "array.sign_adders": 1,
-        "operand_store.size_kib": 2,
-        "array.columns": 2,
-    },
-    "slow-drain": {"output.words_per_cycle": 1, "array.columns": 5, "output.size_kib": 0.25},
-    "segments": {"operand_store.size_kib": 0.0390625, "operand_store.banks": 2, "output.size_kib": 0.125},
-    "wide-fill": {
-        "array.rows": 3,
-        "array.block": [3, 2],
-        "array.multipliers": 5,
-        "array.sign_adders": 4,
-        "operand_store.banks": 3,
-        "operand_store.fill_words_per_cycle": 4,
-        "operand_store.size_kib": 0.125,
-        "weights.dense_port_bits": 20,
-        "weights.sign_port_bits": 7,
-        "activation_buffer.size_kib": 0.25,
-    },
-    "sorted": {"features.row_balance": "sorted", "array.rows": 3, "front_end.skip_window": 2},
-    "dense": {"features.skip_pruned": False, "features.unified_path": False},
-    "skip-only": {"features.unified_path": False, "features.row_balance": "sorted"},
-    "unified-only": {"features.skip_pruned": False, "array.block": [4, 1], "array.multipliers": 1},
-    "odd-formats": {
-        "precision.weight_bits": 3,
-        "precision.magnitude_bits": 11,
-        "precision.activation_bits": 5,
-        "precision.accumulator_bits": 13,
-        "weights.dense_port_bits": 7,
-        "weights.sign_port_bits": 5,
-        "array.block": [1, 4],
-        "operand_store.size_kib": 0.25,
-    },
-    "deep-queue": {"front_end.queue_depth": 33, "front_end.skip_window": 20, "operand_store.banks": 7},
-}
-"""Machines of the verification: what each changes of a small one. Every corner of the contract is some machine's or layer's."""
-
-
-@cache
-def verification_machine(name: str) -> Machine:
-    """A machine of `VERIFICATION_MACHINES` by its name."""
-    return load_machine("msa-8x8").with_fields({**_SMALL, **VERIFICATION_MACHINES[name], "name": name})
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """A random layer in a few integers, so that a failing one can be shrunk and written down.
-
-    Attributes
-    ----------
-    m, k, n, groups : int
-        Rows, reduction length and columns of the matrix product of a group.
-    pruned, unified : float
-        Shares of block types.
-    seed : int
-        Of types, weights, input and requantiser.
-    linear : bool
-        Every column an output row of its own (only with one group), else one output row.
-    relu : bool
-    stalls : Stalls
-    """
-
-    m: int
-    k: int
-    n: int
-    groups: int = 1
-    pruned: float = 0.4
-    unified: float = 0.3
-    seed: int = 0
-    linear: bool = False
-    relu: bool = False
-    stalls: Stalls = NO_STALLS
-
-    def layer(self, machine: Machine) -> Layer:
-        """The layer with random types, weights and requantiser for a machine."""
-        rng = np.random.default_rng([self.seed, 1])
-        if self.linear and self.groups == 1:
-            shape = LayerShape("random", "linear", self.k, self.m, batch=self.n)
-        else:
-            shape = LayerShape(
-                "random",
-                "conv",
-                self.k * self.groups,
-                self.m * self.groups,
-                (self.n,),
-                (1,),
-                (1,),
-                ((0, 0),),
-                (1,),
-                self.groups,
-            )
-        block = machine.array.block
-        types = random_types(shape, block, self.pruned, self.unified, rng)
-        return Layer(
-            shape,
-            block,
-            types,
-            _random_weights(shape, block, types, machine, self._requantizer(machine), rng),
-        )
-
-    def inputs(self, machine: Machine) -> NDArray[np.int64]:
-        """``int64[groups, k, n]``: random activations of this layer's amplitude, its extremes included."""
-        low, high = _signed_range(self._amplitude_bits(machine))
-        rng = np.random.default_rng([self.seed, 2])
-        values = rng.integers(low, high + 1, (self.groups, self.k, self.n))
-        return np.where(rng.random(values.shape) < 0.1, low, values)
-
-    def _requantizer(self, machine: Machine) -> Requantizer:
-        """Mostly such that results are neither all 0 nor all clamped; some of every kind that the formats allow."""
-        rng = np.random.default_rng([self.seed, 5])
-        channels = self.m * self.groups
-        scale = rng.choice([-1, 1], channels) * rng.integers(1, 30, channels)
-        precision = machine.precision
-        widest = precision.magnitude_bits if self.unified else precision.weight_bits
-        bits = self._amplitude_bits(machine) + widest + math.log2(self.k) / 2
-        beyond = max(min(bits, precision.accumulator_bits) - precision.activation_bits, 0)
-        # In a fifth of the channels the lowest bit of the sum moves the result.
-        dropped = np.where(rng.random(channels) < 0.2, 0, beyond + rng.integers(-3, 3, channels))
-        shift = np.clip(dropped + np.log2(np.abs(scale)), 0, 48).astype(np.int64)
-        bias = rng.integers(-30, 30, channels)
-        odd = rng.random(channels) < 0.1
-        return Requantizer(
-            np.where(odd, rng.integers(-(2**31), 2**31, channels), bias).astype(np.int32),
-            np.where(odd, rng.integers(-(2**15), 2**15, channels), scale).astype(np.int16),
-            np.where(odd, rng.integers(0, 256, channels), shift).astype(np.uint8),
-            self.relu,
-        )
-
-    def _amplitude_bits(self, machine: Machine) -> int:
-        """Small inputs make small sums, of which the requantiser lets every bit through."""
-        return 1 + int(np.random.default_rng([self.seed, 4]).integers(machine.precision.activation_bits))
-
-
-def _random_weights(
-    shape: LayerShape,
-    block: tuple[int, int],
-    types: NDArray[np.uint8],
-    machine: Machine,
-    requantizer: Requantizer,
-    rng: np.random.Generator,
-) -> QuantizedWeights:
-    precision = machine.precision
-    full = (shape.groups, shape.m, shape.k)
-    low, high = _signed_range(precision.weight_bits)
-    # A unified block that runs as a dense one must fit the dense format.
-    top = 2**precision.magnitude_bits - 1
-    if not machine.features.unified_path:
-        top = min(top, high)
-    per_weight = np.repeat(np.repeat(types, block[0], 1), block[1], 2)[:, : shape.m, : shape.k]
-    dense = np.where(rng.random(full) < 0.1, low, rng.integers(low, high + 1, full))
-    magnitudes = np.where(rng.random(types.shape) < 0.2, top, rng.integers(0, top + 1, types.shape))
-    return QuantizedWeights(
-        dense=np.where(per_weight == DENSE, dense, 0).astype(np.int16),
-        signs=np.where(per_weight == UNIFIED, rng.integers(0, 2, full), 0).astype(np.uint8),
-        magnitudes=np.where(types == UNIFIED, magnitudes, 0).astype(np.uint16),
-        weight_bits=precision.weight_bits,
-        magnitude_bits=precision.magnitude_bits,
-        step_size=1.0,
-        requantizer=requantizer,
-    )
-
-
-def _signed_range(bits: int) -> tuple[int, int]:
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-
-
-def random_spec(seed: int) -> LayerSpec:
-    """A spec for a seed: sizes, ragged on every side, corners of the ratios, stalling ports in every third."""
-    rng = np.random.default_rng([seed, 3])
-    shares = ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.8, 0.1), (0.4, 0.3))
-    pruned, unified = shares[int(rng.integers(len(shares)))]
-    load, fill, drain = rng.integers(0, 200, 3).tolist() if rng.random() < 1 / 3 else (0, 0, 0)
-    return LayerSpec(
-        m=int(rng.integers(1, 28)),
-        k=int(rng.integers(1, 90)),
-        n=int(rng.integers(1, 12)),
-        groups=int(rng.choice([1, 1, 1, 2, 3])),
-        pruned=pruned,
-        unified=unified,
-        seed=seed,
-        linear=bool(rng.random() < 0.3),
-        relu=bool(rng.random() < 0.3),
-        stalls=Stalls(load, fill, drain, seed),
-    )
-
-
 # --- The references ---------------------------------------------------------------------------------------------------------
-
-
-def stalls(seed: int, port: int, cycle: int, share: int) -> bool:
-    """Whether a port (0 load, 1 fill, 2 drain) stalls in a cycle; the harness has the same function."""
-    x = (seed + 0x9E3779B9 * port + 0x85EBCA6B * cycle) & 0xFFFFFFFF
-    x ^= x >> 16
-    x = x * 0x7FEB352D & 0xFFFFFFFF
-    x ^= x >> 15
-    x = x * 0x846CA68B & 0xFFFFFFFF
-    return (x ^ (x >> 16)) & 255 < share
 
 
 def reference_outputs(layer: Layer, inputs: NDArray[np.int64], machine: Machine) -> NDArray[np.int64]:
@@ -293,7 +68,8 @@ def reference_outputs(layer: Layer, inputs: NDArray[np.int64], machine: Machine)
     sums = np.concatenate([weights[group] @ inputs[group] for group in range(weights.shape[0])])
     wrapped = ((sums + 2 ** (bits - 1)) & (2**bits - 1)) - 2 ** (bits - 1)
     requantizer = layer.weights.requantizer if layer.weights is not None else None
-    low, high = _signed_range(machine.precision.activation_bits)
+    half_range = 2 ** (machine.precision.activation_bits - 1)
+    low, high = -half_range, half_range - 1
     outputs = np.empty_like(wrapped)
     for channel, row in enumerate(wrapped.tolist()):
         bias, scale, shift, relu = 0, 1, 0, False
@@ -333,52 +109,12 @@ def segment_counters(run: LayerRun, machine: Machine) -> NDArray[np.int64]:
     return out
 
 
-def _passes(run: LayerRun, machine: Machine) -> Iterator[tuple[int, int, int, int]]:
-    """Group, row tile, first position and width of every pass in order."""
-    columns = machine.array.columns
-    for step in run_steps(run, machine):
-        for start in range(step.start, step.start + step.positions, columns):
+def pass_order(program: Program, columns: int) -> Iterator[tuple[int, int]]:
+    """Group and row tile of every pass in order."""
+    for step in program.steps:
+        for _ in range(0, step.positions, columns):
             for tile in range(step.first_tile, step.first_tile + step.tiles):
-                yield step.group, tile, start, min(columns, step.start + step.positions - start)
-
-
-def timeline_cycles(run: LayerRun, machine: Machine, with_stalls: Stalls) -> int:
-    """Cycles from the first fill to the end of the last drain by section 3's rules, ports stalling as told."""
-    config = lower_machine(machine).step_config
-    k_blocks = run.layer.types.shape[2]
-    begins = range(0, k_blocks, config.segment_words)
-    words = [min(config.segment_words, k_blocks - begin) for begin in begins]
-
-    def served(start: int, amount: int, per_cycle: int, port: int, share: int) -> int:
-        """The end of a transfer that begins in cycle `start`."""
-        left, cycle = -(-amount // per_cycle), start
-        if share == 0:
-            return start + left
-        while left:
-            left -= not stalls(with_stalls.seed, port, cycle, share)
-            cycle += 1
-        return cycle
-
-    def filled(start: int, segment: int) -> int:
-        return served(start, words[segment], config.fill_words, 1, with_stalls.fill)
-
-    passes = list(_passes(run, machine))
-    now = filled(0, 0)
-    outputs = 0
-    for index, (group, tile, start, width) in enumerate(passes):
-        drained = served(now, outputs, config.drain_words, 2, with_stalls.drain)
-        following = passes[index + 1] if index + 1 < len(passes) else None
-        for segment in range(len(words)):
-            end = now + int(run.counters[group, tile, segment, 0])
-            if segment + 1 < len(words):
-                end = max(end, filled(now, segment + 1))
-            elif following and (len(words) > 1 or (following[0], *following[2:]) != (group, start, width)):
-                end = max(end, filled(now, 0))
-            now = end
-        now = max(now, drained)
-        slots = run.order[group, tile * run.rows : (tile + 1) * run.rows]
-        outputs = int(run.sizes.channel_rows[slots].sum()) * width
-    return served(now, outputs, config.drain_words, 2, with_stalls.drain)
+                yield step.group, tile
 
 
 # --- The comparison ---------------------------------------------------------------------------------------------------------
@@ -401,19 +137,11 @@ def check_layer(
     result = simulator.run(run, inputs, with_stalls)
     where = f"machine {machine.name}, layer {layer.name}"
     _compare_counters(segment_counters(run, machine), run.counters, f"{where}: kernel against oracle")
-    expected = np.concatenate([run.counters[group, tile] for group, tile, _, _ in _passes(run, machine)])
+    program = layer_program(run, machine)
+    passes = pass_order(program, machine.array.columns)
+    expected = np.concatenate([run.counters[group, tile] for group, tile in passes])
     _compare_counters(expected, result.counters, f"{where}: RTL against oracle")
-    cycles = timeline_cycles(run, machine, with_stalls)
-    if result.layer_cycles != cycles:
-        raise Mismatch(f"{where}: the layer took {result.layer_cycles} cycles in RTL, {cycles} expected")
-    if with_stalls == Stalls(with_stalls.load, 0, 0, with_stalls.seed):
-        total = sum(
-            run.mapping.totals[name] for name in ("pass_cycles", "fill_stall_cycles", "drain_stall_cycles")
-        )
-        if result.layer_cycles != total:
-            raise Mismatch(
-                f"{where}: the layer took {result.layer_cycles} cycles in RTL, the mapper says {total}"
-            )
+    _compare_times(run, machine, program, with_stalls, result, where)
     reference = reference_outputs(run.layer, inputs, machine)
     if not np.array_equal(reference, result.outputs):
         channel, place = (int(i) for i in np.argwhere(reference != result.outputs)[0])
@@ -423,6 +151,54 @@ def check_layer(
             f"{int(reference[channel, place])} by the integer reference"
         )
     return result
+
+
+def _compare_times(
+    run: LayerRun, machine: Machine, program: Program, with_stalls: Stalls, result: RtlResult, where: str
+) -> None:
+    """The RTL's steps against the causal model; the mapper's against the same model without its waits."""
+    expected = causal_timeline(run, machine, program, with_stalls).ends
+    if result.ends != expected:
+        step = next(
+            (i for i, pair in enumerate(zip(expected, result.ends, strict=False)) if pair[0] != pair[1]),
+            min(len(expected), len(result.ends)),
+        )
+        found = result.ends[step] if step < len(result.ends) else "never"
+        raise Mismatch(
+            f"{where}: end {step} of {len(expected)} (loads, steps, store) in cycle {found} in RTL, "
+            f"expected {expected[step : step + 1]}"
+        )
+    ideal = causal_timeline(run, machine, program, wait_for_inputs=False, wait_for_drains=False).ends
+    cost = run.mapping
+    load = int(cost.column("load_weight_cycles")[0] + cost.column("load_input_cycles")[0])
+    formula = [load, *(load + np.cumsum(cost.column("step_cycles"))).tolist(), cost.latency_cycles]
+    if list(ideal) != formula:
+        step = next(i for i, pair in enumerate(zip(ideal, formula, strict=True)) if pair[0] != pair[1])
+        raise Mismatch(
+            f"{where}: end {step} (loads, steps, store) in cycle {formula[step]} by the mapper, "
+            f"{ideal[step]} in plain Python"
+        )
+    compare_transfers(run, program, where)
+
+
+def compare_transfers(run: LayerRun, program: Program, where: str) -> None:
+    """Cycles and bytes of every step's transfers: the compiled cost model against the list of them."""
+
+    def bus_bytes(sizes: list[int]) -> int:
+        return sum(-(-size // program.burst_bytes) * program.burst_bytes for size in sizes)
+
+    for index, step in enumerate(program.steps):
+        for name, transfers in (
+            ("load_weight", step.weights),
+            ("load_input", step.inputs),
+            ("store", (step.store,)),
+        ):
+            found = (program.cycles(transfers), bus_bytes([transfer.size_bytes for transfer in transfers]))
+            mapped = tuple(int(run.mapping.column(f"{name}_{unit}")[index]) for unit in ("cycles", "bytes"))
+            if found != mapped:
+                raise Mismatch(
+                    f"{where}: step {index}, {name} is {mapped} (cycles, bytes) by the mapper, {found} transfer by transfer"
+                )
 
 
 def _compare_counters(expected: NDArray[np.int64], found: NDArray[np.int64], where: str) -> None:
@@ -441,7 +217,7 @@ def check(simulator: RtlSimulator, spec: LayerSpec) -> RtlResult | None:
     machine = simulator.machine
     layer = spec.layer(machine)
     try:
-        if run_layer(layer, machine).mapping.weight_residence != "whole":
+        if run_layer(layer, machine).mapping.weight_residence == "streamed":
             return None
     except FitError:
         return None
@@ -464,9 +240,12 @@ def _smaller(spec: LayerSpec) -> Iterator[LayerSpec]:
     plainer = (
         replace(spec, stalls=NO_STALLS),
         replace(spec, groups=1),
+        replace(spec, kernel=1),
+        replace(spec, stride=1),
         replace(spec, relu=False),
         replace(spec, linear=False),
         *(replace(spec, n=size) for size in _smaller_sizes(spec.n)),
+        *(replace(spec, height=size) for size in _smaller_sizes(spec.height)),
         *(replace(spec, m=size) for size in _smaller_sizes(spec.m)),
         *(replace(spec, k=size) for size in _smaller_sizes(spec.k)),
     )
@@ -486,18 +265,23 @@ class Summary:
     machine : str
     layers, skipped : int
         Layers that were run; layers that do not fit the machine's memories.
-    segments, cycles, outputs : int
-        Segments with 13 counters each, cycles of the array, output integers: all equal.
+    steps, segments, cycles, outputs : int
+        Steps, segments with 13 counters each, cycles of the design, output integers: all equal.
+    waiting, wait_cycles : int
+        Layers that took longer than the formula because hardware must wait for its data, and by how much.
     seconds, rtl_seconds : float
-        Altogether, without the build; in the simulation of the design.
+        Altogether, with the build; in the simulation of the design.
     """
 
     machine: str
     layers: int
     skipped: int
+    steps: int
     segments: int
     cycles: int
     outputs: int
+    waiting: int
+    wait_cycles: int
     seconds: float
     rtl_seconds: float
 
@@ -535,7 +319,7 @@ def verify_machine(machine: Machine, layers: int, seed: int) -> Summary:
         At the first difference, shrunk.
     """
     begun = time.perf_counter()
-    ran = segments = cycles = outputs = 0
+    ran: list[tuple[int, int, int, int, int]] = []
     with RtlSimulator(machine) as simulator:
         for index in range(seed, seed + layers):
             spec = random_spec(index)
@@ -544,13 +328,27 @@ def verify_machine(machine: Machine, layers: int, seed: int) -> Summary:
             except Mismatch as problem:
                 raise _shrunk(machine, spec, str(problem)) from None
             if result is not None:
-                ran += 1
-                segments += result.counters.shape[0]
-                cycles += result.layer_cycles
-                outputs += result.outputs.size
+                wait = 0
+                if replace(spec.stalls, seed=0) == NO_STALLS:
+                    wait = (
+                        result.layer_cycles - run_layer(spec.layer(machine), machine).mapping.latency_cycles
+                    )
+                sizes = (result.counters.shape[0], result.layer_cycles, result.outputs.size)
+                ran.append((len(result.ends) - 2, *sizes, wait))
         spent = simulator.rtl_seconds
+    steps, segments, cycles, outputs, waits = np.array(ran, np.int64).reshape(-1, 5).T
     return Summary(
-        machine.name, ran, layers - ran, segments, cycles, outputs, time.perf_counter() - begun, spent
+        machine=machine.name,
+        layers=len(ran),
+        skipped=layers - len(ran),
+        steps=int(steps.sum()),
+        segments=int(segments.sum()),
+        cycles=int(cycles.sum()),
+        outputs=int(outputs.sum()),
+        waiting=int(np.count_nonzero(waits)),
+        wait_cycles=int(waits.sum()),
+        seconds=time.perf_counter() - begun,
+        rtl_seconds=spent,
     )
 
 
@@ -587,3 +385,39 @@ def load_reproducer(path: Path) -> tuple[Machine, LayerSpec]:
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
         raise InputError(str(path), f"not a reproducer of hwsim verify: {error}") from None
     return parse_machine(description, str(path)), spec
+
+
+def result_line(summary: Summary, layers: int, seed: int, key: str) -> str:
+    """A finished machine as a line of a file of results; ``key`` is that of the design."""
+    data = {
+        "version": MODEL_VERSION,
+        "design": key,
+        "layers_asked": layers,
+        "seed": seed,
+        **dataclasses.asdict(summary),
+    }
+    return json.dumps(data) + "\n"
+
+
+def load_results(path: Path, key: str) -> dict[tuple[str, int, int], Summary]:
+    """Finished machines of a file of results, by name, layers and seed; those of another design or version are left out.
+
+    Raises
+    ------
+    InputError
+        Not such a file. A last line that was cut off is ignored.
+    """
+    results = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            data = json.loads(line)
+            is_current = (data.pop("version"), data.pop("design")) == (MODEL_VERSION, key)
+            asked = (data["machine"], data.pop("layers_asked"), data.pop("seed"))
+            summary = Summary(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(str(path), f"line {number} is none of hwsim verify: {error}") from None
+        if is_current:
+            results[asked] = summary
+    return results

@@ -1,4 +1,6 @@
 // The operand store's arbiter: each bank grants the smallest block column requested of it, to every row that asks for it.
+`include "mutants.svh"
+
 module arbiter #(
     parameter int ROWS = 4,
     parameter int BANKS = 4,
@@ -18,6 +20,8 @@ module arbiter #(
         for (int r = 0; r < ROWS; r++)
             bank[r*BANK_BITS+:BANK_BITS] =
                 BANK_BITS'(column[r*COLUMN_BITS+:COLUMN_BITS] % COLUMN_BITS'(BANKS));
+        `MUTANT(15, for (int r = 0; r < ROWS; r++)
+            bank[r*BANK_BITS+:BANK_BITS] = BANK_BITS'((column[r*COLUMN_BITS+:COLUMN_BITS] >> 1) % COLUMN_BITS'(BANKS));)
         for (int a = 0; a < BANKS; a++) begin
             smallest = '1;
             bank_read[a] = 1'b0;
@@ -28,10 +32,22 @@ module arbiter #(
                     if (wanted < smallest) smallest = wanted;
                 end
             end
+            `MUTANT(11, for (int r = 0; r < ROWS; r++) begin
+                wanted = column[r*COLUMN_BITS+:COLUMN_BITS];
+                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a) && wanted > smallest) smallest = wanted;
+            end)
+            `MUTANT(12, for (int r = ROWS - 1; r >= 0; r--)
+                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a)) smallest = column[r*COLUMN_BITS+:COLUMN_BITS];)
             bank_column[a*COLUMN_BITS+:COLUMN_BITS] = smallest;
         end
         for (int r = 0; r < ROWS; r++)
             grant[r] = request[r] && column[r*COLUMN_BITS+:COLUMN_BITS] ==
                 bank_column[32'(bank[r*BANK_BITS+:BANK_BITS])*COLUMN_BITS+:COLUMN_BITS];
+        `MUTANT(13, for (int r = 1; r < ROWS; r++)
+            for (int q = 0; q < r; q++)
+                if (grant[q] && column[q*COLUMN_BITS+:COLUMN_BITS] == column[r*COLUMN_BITS+:COLUMN_BITS]) grant[r] = 1'b0;)
+        `MUTANT(14, for (int q = 0; q < ROWS - 1; q++)
+            if (grant[q] && column[q*COLUMN_BITS+:COLUMN_BITS] == column[(ROWS-1)*COLUMN_BITS+:COLUMN_BITS])
+                grant[ROWS-1] = 1'b0;)
     end
 endmodule

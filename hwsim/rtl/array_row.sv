@@ -1,6 +1,8 @@
 // One row of the array: its part of the four weight memories, front end, operand register, timing of its PEs, and the PEs.
 //
 // Rules 1 to 3 of docs/microarchitecture.md, section 3, meet here: everything acts on the state at the start of the cycle.
+`include "mutants.svh"
+
 module array_row #(
     parameter int COLUMNS = 4,
     parameter int G_O = 4,
@@ -19,6 +21,7 @@ module array_row #(
     parameter int SIGN_BYTES = 64,
     parameter int MAGNITUDE_BYTES = 64,
     parameter int DENSE_BYTES = 64,
+    parameter int LANES = 1,
     parameter int MAX_TILES = 16,
     parameter int TILE_BITS = 4,
     parameter int COLUMN_BITS = 20
@@ -33,14 +36,14 @@ module array_row #(
     input  logic                                   pass_load,
     input  logic [TILE_BITS-1:0]                   tile,
     input  logic                                   live,
-    // Loading: bytes of the four streams, then the entry of the row's directory.
-    input  logic [3:0]                             write,
-    input  logic [31:0]                            write_byte,
-    input  logic [7:0]                             write_data,
-    input  logic                                   directory_write,
-    input  logic [TILE_BITS-1:0]                   directory_tile,
-    input  logic [127:0]                           directory_bases,
-    input  logic [31:0]                            directory_block_row,
+    // Loading: bytes of the four streams; the row's directory, of which a field is a stream's base or (4) the block row.
+    input  logic [4*LANES-1:0]                     write,
+    input  logic [32*LANES-1:0]                    write_byte,
+    input  logic [8*LANES-1:0]                     write_data,
+    input  logic [LANES-1:0]                       directory_write,
+    input  logic [2:0]                             directory_field,
+    input  logic [LANES*TILE_BITS-1:0]             directory_tile,
+    input  logic [32*LANES-1:0]                    directory_value,
     // Operands.
     output logic                                   request,
     output logic [COLUMN_BITS-1:0]                 request_column,
@@ -92,26 +95,31 @@ module array_row #(
     logic [BUSY_BITS-1:0] busy, busy_next;
 
     always_ff @(posedge clock) begin
-        if (directory_write) begin
-            bases[directory_tile] <= directory_bases;
-            block_rows[directory_tile] <= directory_block_row;
-        end
+        for (int l = 0; l < LANES; l++)
+            if (directory_write[l]) begin
+                if (directory_field[2]) block_rows[directory_tile[l*TILE_BITS+:TILE_BITS]] <= directory_value[32*l+:32];
+                else bases[directory_tile[l*TILE_BITS+:TILE_BITS]][32*directory_field[1:0]+:32] <= directory_value[32*l+:32];
+            end
         if (pass_load) begin
             type_at <= new_bases[31:0] << 3;
+            `MUTANT(28, type_at <= (new_bases[31:0] << 3) + 32'd1;)
             block_row <= block_rows[tile];
+            `MUTANT(29, block_row <= block_rows[0];)
         end
     end
 
     always_comb begin
         new_bases = bases[tile];
+        `MUTANT(30, new_bases = bases[0];)
         // 2 bits a code, 1 bit where the layer has no DENSE block, none in a machine that runs everything as DENSE.
         scan_bit = type_bits[1] ? scan << 1 : scan;
+        `MUTANT(31, scan_bit = scan;)
         for (int d = 0; d < WINDOW; d++)
             codes[2*d+:2] = type_bits == 2'd0 ? 2'd2 : type_bits == 2'd1 ? {1'b0, raw[d]} : raw[2*d+:2];
     end
 
-    bit_memory #(.BYTES(TYPE_BYTES), .WIDTH(2 * WINDOW)) type_memory (
-        .clock, .write(write[0]), .write_byte, .write_data, .read_bit(type_at + 32'(scan_bit)), .read_data(raw));
+    bit_memory #(.BYTES(TYPE_BYTES), .WIDTH(2 * WINDOW), .LANES(LANES)) type_memory (
+        .clock, .write(write[LANES-1:0]), .write_byte, .write_data, .read_bit(type_at + 32'(scan_bit)), .read_data(raw));
 
     front_end #(.WINDOW(WINDOW), .QUEUE(QUEUE), .COLUMN_BITS(COLUMN_BITS)) skip (
         .clock, .reset, .segment_load, .segment_begin(live ? segment_begin : '0),
@@ -120,29 +128,40 @@ module array_row #(
 
     always_comb begin
         execute = operand_full && busy <= BUSY_BITS'(1);
+        `MUTANT(16, execute = operand_full && busy == '0;)
         request = queued && (!operand_full || execute);
+        `MUTANT(17, request = queued && !operand_full;)
         executes_unified = execute && !operand_dense;
         executes_dense = execute && operand_dense;
         if (execute) busy_next = operand_dense ? BUSY_BITS'(DENSE_CYCLES) : BUSY_BITS'(UNIFIED_CYCLES);
         else busy_next = busy == '0 ? '0 : busy - 1'b1;
+        `MUTANT(18, if (executes_dense) busy_next = busy_next + 1'b1;)
+        `MUTANT(19, if (executes_dense) busy_next = busy_next - 1'b1;)
+        `MUTANT(20, if (executes_unified) busy_next = busy_next + 1'b1;)
     end
 
     always_comb begin
         finished_next = scan_finished_next && !grant && (!operand_full || execute) && busy_next == '0;
+        `MUTANT(21, finished_next = scan_finished_next && !grant && (!operand_full || execute);)
         if (busy != '0) row_class = 6'b000001;
         else if (scan_finished && !operand_full) row_class = 6'b000010;
         else if (operand_full) row_class = 6'b000100;
         else if (queued) row_class = grant ? 6'b001000 : 6'b010000;
         else row_class = 6'b100000;
+        `MUTANT(22, if (row_class == 6'b001000) row_class = 6'b010000;)
+        `MUTANT(23, if (row_class == 6'b000010) row_class = 6'b100000;)
+        `MUTANT(24, if (busy == BUSY_BITS'(1) && operand_full) row_class = 6'b000100;)
     end
 
     always_ff @(posedge clock) begin
         if (grant) begin
             operand <= granted_word;
             operand_dense <= head_dense;
+            `MUTANT(27, operand_dense <= head_dense || operand_dense;)
         end
         if (execute) begin
             active <= operand;
+            `MUTANT(26, active <= granted_word;)
             active_dense <= operand_dense;
         end
         if (reset) begin
@@ -151,6 +170,7 @@ module array_row #(
             first <= 1'b0;
         end else begin
             operand_full <= grant || (operand_full && !execute);
+            `MUTANT(25, operand_full <= grant || operand_full;)
             busy <= busy_next;
             first <= execute;
         end
@@ -168,10 +188,10 @@ module array_row #(
         .G_O(G_O), .G_K(G_K), .MULTIPLIERS(MULTIPLIER_LANES), .SIGN_ADDERS(ADDER_LANES), .WEIGHT_BITS(WEIGHT_BITS),
         .MAGNITUDE_BITS(MAGNITUDE_BITS), .DENSE_PORT(DENSE_PORT), .SIGN_PORT(SIGN_PORT), .FACTOR_BITS(FACTOR_BITS),
         .OUT_BITS(OUT_BITS), .IN_BITS(IN_BITS), .BUSY_BITS(BUSY_BITS), .UNIFIED_CYCLES(UNIFIED_CYCLES),
-        .SIGN_BYTES(SIGN_BYTES), .MAGNITUDE_BYTES(MAGNITUDE_BYTES), .DENSE_BYTES(DENSE_BYTES)
+        .LANES(LANES), .SIGN_BYTES(SIGN_BYTES), .MAGNITUDE_BYTES(MAGNITUDE_BYTES), .DENSE_BYTES(DENSE_BYTES)
     ) feed (
         .clock, .busy, .dense(active_dense), .first, .pass_load, .sign_base(new_bases[63:32]),
-        .magnitude_base(new_bases[95:64]), .dense_base(new_bases[127:96]), .write(write[3:1]), .write_byte, .write_data,
+        .magnitude_base(new_bases[95:64]), .dense_base(new_bases[127:96]), .write(write[4*LANES-1:LANES]), .write_byte, .write_data,
         .lane_valid, .lane_factor, .lane_out, .lane_in, .adder_valid, .adder_negative, .adder_out, .adder_in);
 
     generate

@@ -2,6 +2,8 @@
 //
 // They count while the segment's rows work and stand still while it waits for a fill or a drain. The segment that has ended is
 // held in `report` for the host, counter 0 lowest.
+`include "mutants.svh"
+
 module counters #(
     parameter int ROWS = 4,
     parameter int BANKS = 4,
@@ -44,11 +46,16 @@ module counters #(
         for (int i = 0; i < 13; i++)
             sum[i*COUNTER_BITS+:COUNTER_BITS] = count[i*COUNTER_BITS+:COUNTER_BITS]
                 + (counting ? events[i*COUNTER_BITS+:COUNTER_BITS] : '0);
+        `MUTANT(64, sum[0+:COUNTER_BITS] = count[0+:COUNTER_BITS] + 1'b1;)
+        `MUTANT(65, if (counting) sum[COUNTER_BITS+:COUNTER_BITS] =
+            count[COUNTER_BITS+:COUNTER_BITS] + events[2*COUNTER_BITS+:COUNTER_BITS];)
     end
 
     always_ff @(posedge clock) begin
         count <= reset || segment_done ? '0 : sum;
+        `MUTANT(67, if (segment_done) count <= events;)
         report_valid <= segment_done && !reset;
         if (segment_done) report <= sum;
+        `MUTANT(66, if (segment_done) report <= count;)
     end
 endmodule

@@ -2,6 +2,8 @@
 //
 // Live outputs are the real channels of the row tile in the real columns of the column tile; they leave column by column, in each
 // column row by row of the array, in each row by channel.
+`include "mutants.svh"
+
 module drain #(
     parameter int ROWS = 4,
     parameter int COLUMNS = 4,
@@ -9,6 +11,7 @@ module drain #(
     parameter int DRAIN_WORDS = 4,
     parameter int ACCUMULATOR_BITS = 32,
     parameter int ACTIVATION_BITS = 8,
+    parameter int CHANNEL_LANES = 1,
     parameter int MAX_CHANNELS = 256
 ) (
     input  logic                                        clock,
@@ -17,9 +20,9 @@ module drain #(
     input  logic [31:0]                                 channels,
     input  logic [31:0]                                 m_blocks,
     input  logic                                        relu,
-    input  logic                                        channel_write,
-    input  logic [(MAX_CHANNELS > 1 ? $clog2(MAX_CHANNELS) : 1)-1:0] channel_index,
-    input  logic [55:0]                                 channel_data,
+    input  logic [CHANNEL_LANES-1:0]                    channel_write,
+    input  logic [31:0]                                 channel_index,
+    input  logic [56*CHANNEL_LANES-1:0]                 channel_data,
     // The pass that has just ended.
     input  logic                                        start,
     input  logic [31:0]                                 group,
@@ -50,6 +53,7 @@ module drain #(
 
     always_comb begin
         last_channels = channels - (m_blocks - 32'd1) * 32'(G_O);
+        `MUTANT(49, last_channels = 32'(G_O);)
         column_next = column;
         row_next = row;
         output_next = output_index;
@@ -58,10 +62,12 @@ module drain #(
         for (int l = 0; l < DRAIN_WORDS; l++) begin
             drain_valid[l] = active && column_next < columns;
             block = blocks[32'(row_next)*32+:32];
+            `MUTANT(50, block = row_next;)
             channel = of_group * channels + block * 32'(G_O) + output_next;
             drain_channel[l*32+:32] = channel;
             drain_position[l*32+:32] = origin + column_next;
             used[l*56+:56] = parameters[INDEX_BITS'(channel)];
+            `MUTANT(51, used[l*56+:56] = parameters[INDEX_BITS'(channel - of_group * channels)];)
             taken[l*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] = drain_valid[l]
                 ? accumulators[((32'(row_next)*COLUMNS+32'(column_next))*G_O+32'(output_next))*ACCUMULATOR_BITS+:ACCUMULATOR_BITS]
                 : '0;
@@ -78,6 +84,8 @@ module drain #(
             end
         end
         done_next = !active || (drain_ready && column_next == columns);
+        `MUTANT(52, done_next = !active;)
+        `MUTANT(53, done_next = !active || column_next == columns;)
     end
 
     generate
@@ -90,13 +98,15 @@ module drain #(
     endgenerate
 
     always_ff @(posedge clock) begin
-        if (channel_write) parameters[channel_index] <= channel_data;
+        for (int l = 0; l < CHANNEL_LANES; l++)
+            if (channel_write[l]) parameters[INDEX_BITS'(channel_index + 32'(l))] <= channel_data[56*l+:56];
         if (reset) active <= 1'b0;
         else if (start) begin
             active <= 1'b1;
             of_group <= group;
             rows <= live_rows;
             columns <= width;
+            `MUTANT(54, columns <= 32'(COLUMNS);)
             origin <= position;
             blocks <= block_rows;
             column <= '0;
@@ -108,5 +118,10 @@ module drain #(
             row <= row_next;
             output_index <= output_next;
         end
+        `MUTANT(55, if (active && !start) begin
+            column <= column_next;
+            row <= row_next;
+            output_index <= output_next;
+        end)
     end
 endmodule

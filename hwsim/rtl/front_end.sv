@@ -1,6 +1,8 @@
 // The skip front end of one row: looks at WINDOW type codes a cycle, pushes the first that is not PRUNED into its queue.
 //
 // Every decision follows from the state at the start of the cycle (docs/microarchitecture.md, section 3, rule 3).
+`include "mutants.svh"
+
 module front_end #(
     parameter int WINDOW = 4,
     parameter int QUEUE = 2,
@@ -40,7 +42,11 @@ module front_end #(
     always_comb begin
         left = stop - scan;
         window = left < COLUMN_BITS'(WINDOW) ? left : COLUMN_BITS'(WINDOW);
+        `MUTANT(1, if (window > 1) window = window - 1'b1;)
+        `MUTANT(2, window = COLUMN_BITS'(WINDOW);)
         scanning = scan != stop && count != FULL;
+        `MUTANT(3, scanning = scan != stop && count < FULL - 1'b1;)
+        `MUTANT(4, scanning = scan != stop && count <= FULL;)
         found = 1'b0;
         found_dense = 1'b0;
         passed = window;
@@ -53,7 +59,10 @@ module front_end #(
         end
         examined = scanning ? window : '0;
         scanned = scanning ? passed : '0;
+        `MUTANT(5, examined = scanned;)
+        `MUTANT(6, if (scanning) scanned = window;)
         scan_next = scan + scanned;
+        `MUTANT(7, found_dense = !found_dense;)
         queued = count != '0;
         {head_dense, head_column} = queue[head];
         finished = scan == stop && !queued;
@@ -62,6 +71,7 @@ module front_end #(
     always_comb begin
         count_next = count + COUNT_BITS'(scanning && found) - COUNT_BITS'(pop);
         finished_next = scan_next == stop && count_next == '0;
+        `MUTANT(8, finished_next = scan_next == stop;)
     end
 
     always_ff @(posedge clock) begin
@@ -75,8 +85,10 @@ module front_end #(
         end else begin
             scan <= segment_load ? segment_begin : scan_next;
             if (segment_load) stop <= segment_end;
+            `MUTANT(9, if (segment_load && segment_end != '0) stop <= segment_end - 1'b1;)
             count <= count_next;
             if (pop) head <= head == LAST ? '0 : head + 1'b1;
+            `MUTANT(10, if (pop && head == LAST) head <= head;)
             if (scanning && found) tail <= tail == LAST ? '0 : tail + 1'b1;
         end
     end

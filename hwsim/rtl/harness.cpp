@@ -1,12 +1,17 @@
 // Runs layers through the verilated block_skip_array: what stands outside the design, and nothing of what is inside.
 //
-// Behind the load port a DRAM that holds the memory image; behind the fill port the expander, a behavioural model that gathers the
-// words of a column tile from the layer's input matrix; behind the drain port an output buffer. Each port may stall at random.
+// Behind the load port a DRAM that holds the memory image and sends whole bursts at its exact rate; behind the fill port the
+// activation buffer and the expander, a behavioural model that gathers the words of a column tile from the layer's input matrix;
+// behind the drain port an output buffer. Each port may stall at random. A fill that needs an input cell which has not arrived, and a
+// store of outputs which have not drained, are faults.
 //
 // Jobs come on standard input, results go to standard output, both as 32-bit little-endian words that begin with the number of
 // words that follow. `hwsim/rtl_simulator.py` writes and reads them; the order of the fields is there.
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -19,7 +24,8 @@
 namespace {
 
 constexpr int kRows = HWSIM_ROWS, kColumns = HWSIM_COLUMNS, kGk = HWSIM_G_K;
-constexpr int kFillWords = HWSIM_FILL_WORDS, kDrainWords = HWSIM_DRAIN_WORDS, kActivationBits = HWSIM_ACTIVATION_BITS;
+constexpr int kFillWords = HWSIM_FILL_WORDS, kDrainWords = HWSIM_DRAIN_WORDS, kActivationBits = HWSIM_ACTIVATION_BITS,
+              kLoadBytes = HWSIM_LOAD_BYTES;
 constexpr int kCounters = 13;
 static_assert(kRows > 0);
 
@@ -61,17 +67,35 @@ bool stalls(uint32_t seed, uint32_t port, uint32_t cycle, uint32_t share) {
 }
 
 struct Job {
-    uint32_t groups, channels, m_blocks, k_blocks, k, n, type_bits, streams, sorted, relu, image_bytes, steps;
-    uint32_t load_share, fill_share, drain_share, seed, limit;
-    const uint32_t* step_table;
+    // The words of a job, in this order.
+    uint32_t groups, channels, m_blocks, k_blocks, k, n, type_bits, streams, sorted, relu, image_bytes, steps, transfers;
+    uint32_t load_share, fill_share, drain_share, seed, limit_low, limit_high;
+    uint32_t burst_bytes, dram_cycles_low, dram_cycles_high, dram_bytes_low, dram_bytes_high;
+    uint32_t taps, cells, inputs_whole, kept_ranges;
+    const uint32_t* step_table;      // [steps][kStepFields], see rtl_simulator.py
+    const uint32_t* transfer_table;  // [transfers][kTransferFields]
+    const uint32_t* kept;            // [kept_ranges][2]: first input cell, cells
     const uint8_t* image;
     const int32_t* input;  // [groups][n][k]
+    const int32_t* cell;   // [n][taps]: the input cell of each tap within its group, -1 for padding
+
+    uint64_t limit() const { return limit_low | static_cast<uint64_t>(limit_high) << 32; }
+    uint64_t dram_cycles() const { return dram_cycles_low | static_cast<uint64_t>(dram_cycles_high) << 32; }
+    uint64_t dram_bytes() const { return dram_bytes_low | static_cast<uint64_t>(dram_bytes_high) << 32; }
 };
-constexpr int kJobFields = 17;
+constexpr int kJobFields = 28, kStepFields = 9, kTransferFields = 7;
+static_assert(offsetof(Job, step_table) == kJobFields * sizeof(uint32_t));
+enum StepField { kGroup, kFirstTile, kTiles, kStart, kPositions, kWeightTransfers, kInputTransfers, kOutputs, kKept };
+enum TransferField { kPart, kFirst, kPlace, kTile, kCount, kAddress, kBytes };
+enum Status { kEnded = 1, kTooLong, kOutside, kTwice, kNotArrived, kNotDrained, kWrongTransfer };
 
 class Bench {
    public:
-    explicit Bench(const char* trace_path) : context(new VerilatedContext) {
+    Bench(int argc, char** argv) : context(new VerilatedContext) {
+        context->commandArgs(argc, argv);  // +mutant=N
+        const char* trace_path = nullptr;
+        for (int i = 1; i < argc; ++i)
+            if (argv[i][0] != '+') trace_path = argv[i];
         context->randReset(2);  // registers that a reset leaves alone, and all memories, begin at random
         context->randSeed(1);
         context->traceEverOn(trace_path != nullptr);
@@ -101,19 +125,15 @@ class Bench {
         for (uint32_t s = 0; s < job.steps; ++s) {
             top->step_write = 1;
             top->step_index = s;
-            for (int f = 0; f < 5; ++f) put(top->step_data, 32 * f, 32, job.step_table[5 * s + f]);
+            for (int f = 0; f < 7; ++f) put(top->step_data, 32 * f, 32, job.step_table[kStepFields * s + f]);
             tick();
         }
         top->step_write = 0;
-        std::vector<uint32_t> result = {0, 0, 0, 0, 0};
-        if (!load(job, result[1])) return result;
-        result[0] = compute(job, result);
-        return result;
+        return compute(job);
     }
 
    private:
     void describe(const Job& job) {
-        top->groups = job.groups;
         top->channels = job.channels;
         top->m_blocks = job.m_blocks;
         top->k_blocks = job.k_blocks;
@@ -121,18 +141,20 @@ class Bench {
         top->streams = job.streams;
         top->sorted = job.sorted;
         top->relu = job.relu;
-        top->image_bytes = job.image_bytes;
         top->steps = job.steps;
-        top->load_start = top->start = top->load_valid = top->fill_valid = top->drain_ready = top->step_write = 0;
+        top->start = top->load_count = top->load_last = top->fill_valid = top->drain_ready = top->step_write = 0;
     }
 
-    void tick() {
+    // Whether this cycle was the last of a step.
+    bool tick() {
         top->clock = 0;
         top->eval();
+        const bool step_done = top->step_done;
         dump();
         top->clock = 1;
         top->eval();
         dump();
+        return step_done;
     }
 
     void dump() {
@@ -141,67 +163,138 @@ class Bench {
 #endif
     }
 
-    bool load(const Job& job, uint32_t& cycles) {
-        top->load_start = 1;
-        tick();
-        top->load_start = 0;
-        for (cycles = 0; !top->load_done; ++cycles) {
-            if (cycles == job.limit) return false;
-            top->load_valid = top->load_request && !stalls(job.seed, 0, cycles, job.load_share);
-            if (top->load_valid && top->load_address >= job.image_bytes) return false;
-            // What is on the bus while nothing is valid must not matter.
-            top->load_data = top->load_valid ? job.image[top->load_address] : static_cast<uint8_t>(mixed(cycles));
-            tick();
+    // What the DRAM does in a cycle: bytes at its exact rate, whole bursts to the end.
+    uint32_t carry(const Job& job, uint64_t cycle) {
+        top->load_count = static_cast<uint8_t>(mixed(cycle));  // noise unless the transfer is one of weights
+        top->load_last = 0;
+        for (int b = 0; b < kLoadBytes; ++b) put(top->load_data, 8 * b, 8, mixed(cycle * 131 + b) & 255u);
+        const uint32_t* transfer = job.transfer_table + kTransferFields * carried;
+        if (carried < job.transfers && shown != carried + 1) {
+            top->transfer_part = transfer[kPart];
+            top->transfer_first = transfer[kFirst];
+            top->transfer_place = transfer[kPlace];
+            top->transfer_tile = transfer[kTile];
+            top->transfer_count = transfer[kCount];
+            top->transfer_address = transfer[kAddress];
+            top->transfer_bytes = transfer[kBytes];
+            shown = carried + 1;
+            top->eval();
         }
-        top->load_valid = 0;
+        if (top->load_request && top->load_weights) top->load_count = 0;
+        if (!top->load_request || stalls(job.seed, 0, cycle, job.load_share)) return 0;
+        const bool weights = top->load_weights, stores = top->load_stores;
+        if (carried == job.transfers || weights != (transfer[kPart] < 7) || stores != (transfer[kPart] == 8)) return kWrongTransfer;
+        const uint64_t address = top->load_address, bytes = top->load_bytes;
+        if (weights && address + bytes > job.image_bytes) return kWrongTransfer;
+        if (stores && active == 0) {
+            stored += job.step_table[kStepFields * stores_begun++ + kOutputs];
+            if (drained < stored) return kNotDrained;
+        }
+        ++active;
+        const uint64_t bus = (bytes + job.burst_bytes - 1) / job.burst_bytes * job.burst_bytes;
+        const uint64_t last = (bus * job.dram_cycles() + job.dram_bytes() - 1) / job.dram_bytes();
+        const uint64_t sent = active == last ? bytes : std::min(bytes, active * job.dram_bytes() / job.dram_cycles());
+        if (weights) {
+            for (uint64_t b = sent_before; b < sent; ++b)
+                put(top->load_data, 8 * static_cast<int>(b - sent_before), 8, job.image[address + b]);
+            top->load_count = static_cast<uint8_t>(sent - sent_before);
+        }
+        sent_before = sent;
+        top->load_last = active == last;
+        return 0;
+    }
+
+    // After a cycle with load_last: what it brought is there from the next cycle on.
+    void transfer_ends(const Job& job) {
+        const uint32_t* transfer = job.transfer_table + kTransferFields * carried;
+        if (transfer[kPart] == 7)
+            std::fill_n(arrived.begin() + transfer[kFirst], transfer[kCount], uint8_t{1});
+        ++carried;
+        active = sent_before = 0;
+    }
+
+    // The buffer keeps what the step that begins needs; everything else may be overwritten by the loads of the next.
+    void step_begins(const Job& job, uint32_t step) {
+        if (job.inputs_whole) return;
+        std::vector<uint8_t> left(arrived.size(), 0);
+        for (uint32_t r = 0; r < job.step_table[kStepFields * step + kKept]; ++r, ++kept) {
+            const uint32_t first = job.kept[2 * kept], cells = job.kept[2 * kept + 1];
+            std::copy_n(arrived.begin() + first, cells, left.begin() + first);
+        }
+        arrived.swap(left);
+    }
+
+    bool tile_arrived(const Job& job) const {
+        for (uint32_t p = top->fill_position; p < top->fill_position + top->fill_width; ++p)
+            for (uint32_t t = 0; t < job.taps; ++t) {
+                const int32_t cell = job.cell[static_cast<size_t>(p) * job.taps + t];
+                if (cell >= 0 && !arrived[static_cast<size_t>(top->fill_group) * job.cells + cell]) return false;
+            }
         return true;
     }
 
-    uint32_t compute(const Job& job, std::vector<uint32_t>& result) {
+    std::vector<uint32_t> compute(const Job& job) {
         constexpr int32_t kUnwritten = INT32_MIN;
         std::vector<int32_t> output(static_cast<size_t>(job.groups) * job.channels * job.n, kUnwritten);
-        std::vector<uint32_t> counters;
-        uint32_t words = 0, segments = 0, status = 1;
+        std::vector<uint32_t> counters, ends;
+        uint32_t segments = 0, status = kEnded;
+        arrived.assign(static_cast<size_t>(job.groups) * job.cells, 0);
+        drained = stored = active = sent_before = 0;
+        carried = shown = stores_begun = kept = 0;
         top->start = 1;
         tick();
         top->start = 0;
-        for (uint32_t cycle = 0; !top->done; ++cycle) {
-            if (cycle == job.limit) {
-                status = 2;
+        for (uint64_t cycle = 0; !top->done && status == kEnded; ++cycle) {
+            if (cycle == job.limit()) {
+                status = kTooLong;
+                break;
+            }
+            if (const uint32_t fault = carry(job, cycle)) {
+                status = fault;
                 break;
             }
             top->fill_valid = !stalls(job.seed, 1, cycle, job.fill_share);
-            if (top->fill_request) expand(job, cycle);
+            if (top->fill_request) {
+                if (!tile_arrived(job)) status = kNotArrived;
+                expand(job, cycle);
+            }
             top->drain_ready = !stalls(job.seed, 2, cycle, job.drain_share);
             if (top->drain_ready)
                 for (int l = 0; l < kDrainWords; ++l) {
                     if (!get(top->drain_valid, l, 1)) continue;
                     const size_t channel = get(top->drain_channel, 32 * l, 32), place = get(top->drain_position, 32 * l, 32);
-                    if (channel >= job.groups * job.channels || place >= job.n) status = 3;
-                    else if (output[channel * job.n + place] != kUnwritten) status = 4;
+                    if (channel >= job.groups * job.channels || place >= job.n) status = kOutside;
+                    else if (output[channel * job.n + place] != kUnwritten) status = kTwice;
                     else {
                         const int high = 32 - kActivationBits;
                         const uint32_t raw = get(top->drain_value, kActivationBits * l, kActivationBits);
                         output[channel * job.n + place] = static_cast<int32_t>(raw << high) >> high;
-                        ++words;
+                        ++drained_now;
                     }
                 }
-            tick();
+            const bool ends_transfer = top->load_last;
+            if (tick()) {
+                if (ends.size() < job.steps) step_begins(job, ends.size());
+                ends.push_back(static_cast<uint32_t>(cycle + 1));
+            }
+            drained += drained_now;
+            drained_now = 0;
+            if (ends_transfer) transfer_ends(job);
             if (top->report_valid) {
                 ++segments;
                 for (int i = 0; i < kCounters; ++i) counters.push_back(get(top->report, 32 * i, 32));
             }
         }
-        result[2] = static_cast<uint32_t>(top->layer_cycles);
-        result[3] = words;
-        result[4] = segments;
+        std::vector<uint32_t> result = {status, static_cast<uint32_t>(top->layer_cycles), static_cast<uint32_t>(drained), segments,
+                                        static_cast<uint32_t>(ends.size())};
+        result.insert(result.end(), ends.begin(), ends.end());
         result.insert(result.end(), counters.begin(), counters.end());
         for (int32_t y : output) result.push_back(static_cast<uint32_t>(y));
-        return status;
+        return result;
     }
 
     // Positions of columns beyond the tile are noise: nothing of them may reach an output.
-    void expand(const Job& job, uint32_t cycle) {
+    void expand(const Job& job, uint64_t cycle) {
         for (int f = 0; f < kFillWords; ++f)
             for (int c = 0; c < kColumns; ++c)
                 for (int i = 0; i < kGk; ++i) {
@@ -217,6 +310,10 @@ class Bench {
 
     std::unique_ptr<VerilatedContext> context;
     std::unique_ptr<Vblock_skip_array> top;
+    std::vector<uint8_t> arrived;                  // input cells in the activation buffer
+    uint64_t drained = 0, drained_now = 0, stored = 0;  // outputs
+    uint64_t active = 0, sent_before = 0;          // of the transfer: cycles and bytes so far
+    uint32_t carried = 0, shown = 0, stores_begun = 0, kept = 0;
 #if VM_TRACE
     std::unique_ptr<VerilatedVcdC> waves;
     uint64_t time = 0;
@@ -225,20 +322,26 @@ class Bench {
 
 Job parse(const std::vector<uint32_t>& words) {
     Job job{};
-    uint32_t* fields[kJobFields] = {&job.groups,     &job.channels,   &job.m_blocks,    &job.k_blocks, &job.k,     &job.n,
-                                    &job.type_bits,  &job.streams,    &job.sorted,      &job.relu,     &job.image_bytes,
-                                    &job.steps,      &job.load_share, &job.fill_share,  &job.drain_share, &job.seed, &job.limit};
-    for (int i = 0; i < kJobFields; ++i) *fields[i] = words[i];
-    job.step_table = words.data() + kJobFields;
-    job.image = reinterpret_cast<const uint8_t*>(job.step_table + 5 * job.steps);
-    job.input = reinterpret_cast<const int32_t*>(job.step_table + 5 * job.steps + (job.image_bytes + 3) / 4);
+    std::memcpy(&job, words.data(), kJobFields * sizeof(uint32_t));
+    const uint32_t* at = words.data() + kJobFields;
+    const auto take = [&at](size_t count) {
+        const uint32_t* part = at;
+        at += count;
+        return part;
+    };
+    job.step_table = take(static_cast<size_t>(kStepFields) * job.steps);
+    job.transfer_table = take(static_cast<size_t>(kTransferFields) * job.transfers);
+    job.kept = take(2 * static_cast<size_t>(job.kept_ranges));
+    job.image = reinterpret_cast<const uint8_t*>(take((job.image_bytes + 3) / 4));
+    job.input = reinterpret_cast<const int32_t*>(take(static_cast<size_t>(job.groups) * job.n * job.k));
+    job.cell = reinterpret_cast<const int32_t*>(take(static_cast<size_t>(job.n) * job.taps));
     return job;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-    Bench bench(argc > 1 ? argv[1] : nullptr);
+    Bench bench(argc, argv);
     uint32_t count = 0;
     while (std::fread(&count, sizeof count, 1, stdin) == 1) {
         std::vector<uint32_t> words(count);

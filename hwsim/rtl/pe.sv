@@ -4,6 +4,8 @@
 // DENSE: multiplier lane l adds weight × x[lane_in] to accumulator lane_out.
 // UNIFIED: adder lane l adds ±x[adder_in] to the sum of output adder_out; multiplier lane l adds magnitude × sum of output
 // lane_out to its accumulator, once the sum is complete.
+`include "mutants.svh"
+
 module pe #(
     parameter int G_O = 4,
     parameter int G_K = 4,
@@ -48,12 +50,14 @@ module pe #(
 
     always_comb begin
         sums_next = first ? '0 : sums;
+        `MUTANT(43, sums_next = sums;)
         x = '0;
         addend = '0;
         at = '0;
         for (int l = 0; l < SIGN_ADDERS; l++) begin
             x = word[32'(adder_in[l*IN_BITS+:IN_BITS])*ACTIVATION_BITS+:ACTIVATION_BITS];
             addend = adder_negative[l] ? -(SUM_BITS'(x)) : SUM_BITS'(x);
+            `MUTANT(46, addend = adder_negative[l] ? ~(SUM_BITS'(x)) : SUM_BITS'(x);)
             at = adder_out[l*OUT_BITS+:OUT_BITS];
             if (adder_valid[l])
                 sums_next[32'(at)*SUM_BITS+:SUM_BITS] = sums_next[32'(at)*SUM_BITS+:SUM_BITS] + addend;
@@ -67,6 +71,7 @@ module pe #(
             at = lane_out[l*OUT_BITS+:OUT_BITS];
             x = word[32'(lane_in[l*IN_BITS+:IN_BITS])*ACTIVATION_BITS+:ACTIVATION_BITS];
             operand = dense ? SUM_BITS'(x) : sums_next[32'(at)*SUM_BITS+:SUM_BITS];
+            `MUTANT(45, if (dense) operand = SUM_BITS'($signed(word[ACTIVATION_BITS-1:0]));)
             factor = lane_factor[l*FACTOR_BITS+:FACTOR_BITS];
             product = factor * operand;
             extended = WIDE'(product);
@@ -74,13 +79,17 @@ module pe #(
                 updated[32'(at)*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] =
                     updated[32'(at)*ACCUMULATOR_BITS+:ACCUMULATOR_BITS] + extended[ACCUMULATOR_BITS-1:0];
         end
+        `MUTANT(47, for (int o = 0; o < G_O; o++)
+            updated[(o+1)*ACCUMULATOR_BITS-1] = updated[(o+1)*ACCUMULATOR_BITS-2];)
         drained = accumulators[!live_set];
+        `MUTANT(48, drained = accumulators[live_set];)
     end
 
     always_ff @(posedge clock) begin
         sums <= sums_next;
         accumulators[live_set] <= updated;
         if (switch_set) accumulators[!live_set] <= '0;
+        `MUTANT(44, if (switch_set) accumulators[!live_set] <= accumulators[!live_set];)
     end
 
     generate

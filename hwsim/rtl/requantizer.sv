@@ -1,4 +1,6 @@
 // y = clamp(floor(((acc + bias) · scale + r) / 2^shift)) to ACTIVATION_BITS, r = 2^(shift-1) or 0; with relu no less than 0.
+`include "mutants.svh"
+
 module requantizer #(
     parameter int ACCUMULATOR_BITS = 32,
     parameter int ACTIVATION_BITS = 8
@@ -21,13 +23,21 @@ module requantizer #(
     always_comb begin
         sum = SUM_BITS'($signed(accumulator)) + SUM_BITS'($signed(bias));
         product = WIDE'(sum) * WIDE'($signed(scale));
+        `MUTANT(58, product = WIDE'(sum) * $signed(WIDE'(scale));)
+        `MUTANT(59, product = WIDE'($signed(accumulator)) * WIDE'($signed(scale)) + WIDE'($signed(bias));)
         rounding = shift == 8'd0 ? '0 : WIDE'(1) << (shift - 8'd1);
+        `MUTANT(56, rounding = '0;)
+        `MUTANT(57, if (shift != 8'd0) rounding = rounding - 1;)
         // From 2^WIDE on every quotient rounds to 0.
         if (32'(shift) >= WIDE - 1) value = '0;
         else value = (product + rounding) >>> shift;
+        `MUTANT(60, if (32'(shift) < WIDE - 1) value = (product + rounding) >> shift;)
         if (value > HIGH) value = HIGH;
         if (value < LOW) value = LOW;
+        `MUTANT(61, if (value == LOW) value = -HIGH;)
+        `MUTANT(62, if (value < 0) value = '0;)
         if (relu && value < 0) value = '0;
+        `MUTANT(63, if (value > HIGH - 1) value = HIGH - 1;)
         result = value[ACTIVATION_BITS-1:0];
     end
 endmodule

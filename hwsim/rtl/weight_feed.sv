@@ -7,6 +7,8 @@
 // DENSE always fits: in cycle c (from 0) at most n·(c+1)/occ weights are needed, and as many have come.
 // For UNIFIED the port brings either the signs first or the magnitude first, whichever lets all products be made in time. A
 // machine in which neither does (multipliers and sign port both tight) needs more than this port; it is refused.
+`include "mutants.svh"
+
 module weight_feed #(
     parameter int G_O = 4,
     parameter int G_K = 4,
@@ -21,6 +23,7 @@ module weight_feed #(
     parameter int IN_BITS = 2,
     parameter int BUSY_BITS = 4,
     parameter int UNIFIED_CYCLES = 1,
+    parameter int LANES = 1,
     parameter int SIGN_BYTES = 64,
     parameter int MAGNITUDE_BYTES = 64,
     parameter int DENSE_BYTES = 64
@@ -34,10 +37,10 @@ module weight_feed #(
     input  logic [                    31:0]    sign_base,
     input  logic [                    31:0]    magnitude_base,
     input  logic [                    31:0]    dense_base,
-    // Loading, a byte at a time.
-    input  logic [                     2:0]    write,
-    input  logic [                    31:0]    write_byte,
-    input  logic [                     7:0]    write_data,
+    // Loading: bytes of sign, magnitude and dense stream.
+    input  logic [             3*LANES-1:0]    write,
+    input  logic [            32*LANES-1:0]    write_byte,
+    input  logic [             8*LANES-1:0]    write_data,
     output logic [MULTIPLIERS-1:0]             lane_valid,
     output logic [MULTIPLIERS*FACTOR_BITS-1:0] lane_factor,
     output logic [MULTIPLIERS*OUT_BITS-1:0]    lane_out,
@@ -97,12 +100,12 @@ module weight_feed #(
     logic unified_active, dense_active;
     int item;
 
-    bit_memory #(.BYTES(DENSE_BYTES), .WIDTH(DENSE_CHUNK)) dense_memory (
-        .clock, .write(write[2]), .write_byte, .write_data, .read_bit(dense_at), .read_data(dense_chunk));
-    bit_memory #(.BYTES(MAGNITUDE_BYTES), .WIDTH(MAGNITUDE_CHUNK)) magnitude_memory (
-        .clock, .write(write[1]), .write_byte, .write_data, .read_bit(magnitude_at), .read_data(magnitude_chunk));
-    bit_memory #(.BYTES(SIGN_BYTES), .WIDTH(SIGN_CHUNK)) sign_memory (
-        .clock, .write(write[0]), .write_byte, .write_data, .read_bit(sign_at), .read_data(sign_chunk));
+    bit_memory #(.BYTES(DENSE_BYTES), .WIDTH(DENSE_CHUNK), .LANES(LANES)) dense_memory (
+        .clock, .write(write[2*LANES+:LANES]), .write_byte, .write_data, .read_bit(dense_at), .read_data(dense_chunk));
+    bit_memory #(.BYTES(MAGNITUDE_BYTES), .WIDTH(MAGNITUDE_CHUNK), .LANES(LANES)) magnitude_memory (
+        .clock, .write(write[LANES+:LANES]), .write_byte, .write_data, .read_bit(magnitude_at), .read_data(magnitude_chunk));
+    bit_memory #(.BYTES(SIGN_BYTES), .WIDTH(SIGN_CHUNK), .LANES(LANES)) sign_memory (
+        .clock, .write(write[LANES-1:0]), .write_byte, .write_data, .read_bit(sign_at), .read_data(sign_chunk));
 
     always_comb begin
         unified_active = busy != '0 && !dense;
@@ -121,10 +124,12 @@ module weight_feed #(
         end
         // Of the dense chunk what lies beyond the block shifts out at the top; the others are cut to what the port brings now.
         weights = (first ? '0 : weights_held) | (BLOCK_BITS'(dense_chunk) << dense_before);
+        `MUTANT(40, weights = weights_held | (BLOCK_BITS'(dense_chunk) << dense_before);)
         sign_fresh = sign_chunk & ~({SIGN_CHUNK{1'b1}} << sign_now);
         signs = (first ? '0 : signs_held) | (N'(sign_fresh) << sign_before);
         magnitude_fresh = magnitude_chunk & ~({MAGNITUDE_CHUNK{1'b1}} << magnitude_now);
         magnitude = (first ? '0 : magnitude_part) | (MAGNITUDE_BITS'(magnitude_fresh) << magnitude_before);
+        `MUTANT(41, magnitude = magnitude_part | (MAGNITUDE_BITS'(magnitude_fresh) << magnitude_before);)
         sign_have = sign_before + sign_now;
         added_now = smaller(SIGN_ADDERS, sign_have - added_before);
     end
@@ -139,6 +144,10 @@ module weight_feed #(
             lane_factor[l*FACTOR_BITS+:FACTOR_BITS] = dense
                 ? FACTOR_BITS'($signed(weights[item*WEIGHT_BITS+:WEIGHT_BITS]))
                 : FACTOR_BITS'(magnitude);
+            `MUTANT(37, if (dense)
+                lane_factor[l*FACTOR_BITS+:FACTOR_BITS] = FACTOR_BITS'(weights[item*WEIGHT_BITS+:WEIGHT_BITS]);)
+            `MUTANT(38, if (!dense) lane_factor[l*FACTOR_BITS+:FACTOR_BITS] = FACTOR_BITS'($signed(magnitude));)
+            `MUTANT(39, if (l == MULTIPLIERS - 1) lane_valid[l] = 1'b0;)
         end
     end
 
@@ -149,8 +158,11 @@ module weight_feed #(
             adder_valid[l] = unified_active && l < added_now;
             if (place >= N) place = 0;
             adder_negative[l] = signs[place];
+            `MUTANT(32, adder_negative[l] = !signs[place];)
             adder_out[l*OUT_BITS+:OUT_BITS] = OUT_BITS'(place / G_K);
             adder_in[l*IN_BITS+:IN_BITS] = IN_BITS'(place % G_K);
+            `MUTANT(33, adder_out[l*OUT_BITS+:OUT_BITS] = OUT_BITS'(place % G_O);
+                adder_in[l*IN_BITS+:IN_BITS] = IN_BITS'(place / G_O);)
         end
     end
 
@@ -168,13 +180,16 @@ module weight_feed #(
         end
         if (pass_load) begin
             dense_at <= dense_base << 3;
+            `MUTANT(35, dense_at <= (dense_base << 3) + 32'd1;)
             sign_at <= sign_base << 3;
+            `MUTANT(36, sign_at <= (sign_base << 3) + 32'd1;)
             magnitude_at <= magnitude_base << 3;
         end else begin
             if (dense_active) dense_at <= dense_at + dense_now;
             if (unified_active) begin
                 sign_at <= sign_at + sign_now;
                 magnitude_at <= magnitude_at + magnitude_now;
+                `MUTANT(34, magnitude_at <= magnitude_at;)
             end
         end
     end
