@@ -35,6 +35,7 @@ _COMMANDS = {
         "hwsim.commands_verify:verify",
         "Check the cycle model against the RTL, built with Verilator.",
     ),
+    "synth": ("hwsim.commands_synth:synth", "Area and path depth of the RTL's parts, synthesised by Yosys."),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "plot": ("sweeps.cli:plot", "Paper plots of the results of a sweep."),
