@@ -10,12 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IMAGES := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow bench lint setup data clean
+.PHONY: demo test test-slow bench lint setup data tools clean
 
 demo: setup data
 	$(BIN)/hwsim demo $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
-test: setup data
+test: setup data tools
 	$(BIN)/python -m pytest
 
 test-slow: setup data
@@ -52,6 +52,17 @@ data:
 	  ($$asroot apt-get -qq install -y dataset-fashion-mnist || \
 	    ($$asroot apt-get -qq update && $$asroot apt-get -qq install -y dataset-fashion-mnist)) >/dev/null 2>&1 || \
 	    echo "could not install it; hwsim will look elsewhere for the images"; \
+	fi
+
+# Yosys and a cell library for the few tests of synthesis, where apt and the rights are there; else these tests are skipped.
+tools:
+	@if ! { command -v yosys && [ -d /usr/share/qflow/tech/osu018 ]; } >/dev/null && command -v apt-get >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then asroot=; elif sudo -n true 2>/dev/null; then asroot="sudo -n"; else exit 0; fi; \
+	  echo "installing Debian's yosys and qflow-tech-osu018"; \
+	  tools="--no-install-recommends yosys qflow-tech-osu018"; \
+	  ($$asroot apt-get -qq install -y $$tools || \
+	    ($$asroot apt-get -qq update && $$asroot apt-get -qq install -y $$tools)) >/dev/null 2>&1 || \
+	    echo "could not install them; the tests of synthesis are skipped"; \
 	fi
 
 clean:

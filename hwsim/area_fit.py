@@ -132,6 +132,25 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
 """Machines that are synthesised: what each changes of ``msa-16x16`` with 8 rows, columns and banks."""
 
 
+_CHOSEN = {
+    ("arbiter", True): tuple(name for name in FIT_MACHINES if name != "many-banks"),
+    ("weight_feed", True): (
+        "8x8",
+        "msa-16x16",
+        "two-by-two",
+        "tall",
+        "sixteen-multipliers",
+        "four-bits",
+        "row-block",
+    ),
+    ("weight_feed", False): ("8x8", "two-by-two", "tall"),
+    ("pe", False): tuple(name for name in FIT_MACHINES if name != "odd"),
+    ("sequencer", True): ("8x8", "msa-16x16", "row-block", "column-block"),
+    ("loader", True): ("8x8",),
+}
+"""Of parts that take long and weigh little: the machines in which they are synthesised, with and without the unified path."""
+
+
 def fit_machine(name: str, *, unified: bool = True) -> Machine:
     """A machine of `FIT_MACHINES`, with or without the unified path."""
     fields = {**_BASE, **FIT_MACHINES[name], "name": name, "features.unified_path": unified}
@@ -188,6 +207,8 @@ def fit_runs(library: Library, progress: Callable[[str], None] = lambda name: No
         for unified in (True, False):
             machine = fit_machine(name, unified=unified)
             for part in part_names(machine) if unified else ("pe", "weight_feed"):
+                if name not in _CHOSEN.get((part, unified), FIT_MACHINES):
+                    continue
                 progress(f"{name} {part}" + ("" if unified else " (dense)"))
                 found = synthesize(part, machine, library)
                 registers = sum(n for cell, n in found.cells.items() if library.cells[cell].is_sequential)
@@ -248,7 +269,7 @@ def _predicted(run: Run, coefficients: dict[str, float]) -> float:
 
 
 def fit_errors(runs: Iterable[Run], coefficients: dict[str, float]) -> FitErrors:
-    """``model / synthesis − 1`` of every run, and of the sum over the parts of every machine."""
+    """``model / synthesis − 1`` of every run, and of the sum over the synthesised parts of every machine."""
     runs = list(runs)
     parts = dict.fromkeys(run.part for run in runs)
     by_part = {
@@ -261,7 +282,9 @@ def fit_errors(runs: Iterable[Run], coefficients: dict[str, float]) -> FitErrors
     for name in dict.fromkeys(run.machine for run in runs):
         counts = part_counts(fit_machine(name))
         chosen = [run for run in runs if run.machine == name and run.unified]
-        model = sum(counts[run.part] * _predicted(run, coefficients) for run in chosen)
+        model = sum(
+            counts[run.part] * _predicted(run, coefficients) for run in chosen
+        )  # of the parts that were run
         whole[name] = model / sum(counts[run.part] * run.gate_equivalents for run in chosen) - 1
     return FitErrors(by_part, whole)
 
@@ -269,14 +292,16 @@ def fit_errors(runs: Iterable[Run], coefficients: dict[str, float]) -> FitErrors
 def left_out_errors(runs: Iterable[Run]) -> FitErrors:
     """Errors on each machine of the coefficients that were fitted to all the others."""
     runs = list(runs)
-    by_part: dict[str, list[float]] = {part: [] for part in dict.fromkeys(run.part for run in runs)}
+    by_part: dict[str, list[float]] = {}
     whole: dict[str, float] = {}
     for name in dict.fromkeys(run.machine for run in runs):
-        coefficients = fit_coefficients(run for run in runs if run.machine != name)
-        errors = fit_errors((run for run in runs if run.machine == name), coefficients)
+        others = [run for run in runs if run.machine != name]
+        seen = {run.part for run in others}  # the loader was run on one machine only
+        chosen = [run for run in runs if run.machine == name and run.part in seen]
+        errors = fit_errors(chosen, fit_coefficients(others))
         whole |= errors.whole
         for part, values in errors.by_part.items():
-            by_part[part] += values.tolist()
+            by_part.setdefault(part, []).extend(values.tolist())
     return FitErrors({part: np.array(values) for part, values in by_part.items()}, whole)
 
 

@@ -118,13 +118,13 @@ def _parts(machine: Machine, library: Library, names: tuple[str, ...], output: P
         {
             "part": part.part,
             "count": part.count,
-            "area each (µm²)": part.area_um2,
+            "µm² each": part.area_um2,
             "gates each": part.gate_equivalents,
             "gates": part.total_gate_equivalents,
-            "registers (%)": 100 * part.sequential_um2 / part.area_um2 if part.area_um2 else 0.0,
-            "memory (bits)": part.count * part.memory_bits,
+            "regs (%)": 100 * part.sequential_um2 / part.area_um2 if part.area_um2 else 0.0,
+            "memory bits": part.count * part.memory_bits,
             "levels": part.levels,
-            "path (ns)": part.delay_ns if part.delay_ns is not None else 0.0,
+            "ns": part.delay_ns if part.delay_ns is not None else 0.0,
         }
         for part in found
     ]
@@ -215,8 +215,8 @@ def _fit(library: Library, folder: Path) -> None:
             "runs": len(values),
             "mean error (%)": 100 * float(abs(values).mean()),
             "largest (%)": 100 * float(abs(values).max()),
-            "mean, left out (%)": 100 * float(abs(left_out.by_part[part]).mean()),
-            "largest, left out (%)": 100 * float(abs(left_out.by_part[part]).max()),
+            "mean, left out (%)": 100 * float(abs(left_out.by_part.get(part, values)).mean()),
+            "largest, left out (%)": 100 * float(abs(left_out.by_part.get(part, values)).max()),
         }
         for part, values in errors.by_part.items()
     ]

