@@ -30,6 +30,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.gates import area_model
 from hwsim.machine import validation_problems
 
 __all__ = [
@@ -432,6 +433,28 @@ class Technology(BaseModel):
     def gate_pj(self) -> float:
         """Energy of a two-input gate or multiplexer of one bit, in pJ."""
         return self._energy_pj(self.gate_energy_pj, self.gate_energy_pj.value)
+
+    def gates_um2(self, term: str, count: float = 1.0) -> float:
+        """Cell area of ``count`` units of a term of `hwsim.gates.TERM_COMPONENTS`, by the fit to synthesis runs, in µm²."""
+        return count * area_model()["coefficients"][term] * self.nand2_um2
+
+    def multiplier_um2(self, bits: int, other_bits: int) -> float:
+        """Cell area of a multiplier of ``bits`` by ``other_bits``, as in a PE, in µm²."""
+        return self.gates_um2("pe.multiplier_bits2", bits * other_bits)
+
+    def adder_um2(self, bits: int) -> float:
+        """Cell area of an adder of ``bits``, as in a PE's adder tree, in µm²."""
+        return self.gates_um2("pe.tree_adder_bits", bits)
+
+    @property
+    def register_um2(self) -> float:
+        """Cell area of one register bit with its enable, as in the operand registers, in µm²."""
+        return self.gates_um2("row_control.word_bits")
+
+    @property
+    def gate_um2(self) -> float:
+        """Cell area of a two-input multiplexer of one bit, as in the multicast, in µm²."""
+        return self.gates_um2("multicast.select_bits")
 
     @property
     def nand2_um2(self) -> float:
