@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IMAGES := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow verify bench lint setup data browser clean
+.PHONY: demo test test-slow verify bench lint setup data browser tools clean
 
 demo: setup data
 	$(BIN)/hwsim demo $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
 
-test: setup data browser
+test: setup data browser tools
 	$(BIN)/python -m pytest
 
 test-slow: setup data
@@ -65,6 +65,17 @@ browser:
 	  (apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core || \
 	    (apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core)) >/dev/null 2>&1 || \
 	    echo "could not install it; the tests in a browser are skipped"; \
+	fi
+
+# Yosys and a cell library for the few tests of synthesis, where apt and the rights are there; else these tests are skipped.
+tools:
+	@if ! { command -v yosys && [ -d /usr/share/qflow/tech/osu018 ]; } >/dev/null && command -v apt-get >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ]; then asroot=; elif sudo -n true 2>/dev/null; then asroot="sudo -n"; else exit 0; fi; \
+	  echo "installing Debian's yosys and qflow-tech-osu018"; \
+	  tools="--no-install-recommends yosys qflow-tech-osu018"; \
+	  ($$asroot apt-get -qq install -y $$tools || \
+	    ($$asroot apt-get -qq update && $$asroot apt-get -qq install -y $$tools)) >/dev/null 2>&1 || \
+	    echo "could not install them; the tests of synthesis are skipped"; \
 	fi
 
 clean:

@@ -1,7 +1,7 @@
 """The area of a machine by component, its geometry, and the dense machine of the same area.
 
-What a component consists of stands in the comments of `_logic`; the areas per adder, multiplier, register,
-gate and memory macro come from a `hwsim.technology.Technology`.
+Logic is gate equivalents (`hwsim.gates`, fitted to synthesis runs of the RTL) × the NAND2 area of a
+`hwsim.technology.Technology`, which also gives the memory macros.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from hwsim.errors import InputError
+from hwsim.gates import INDEX_BITS, area_model, component_gates, log2_ceil
 from hwsim.machine import Machine
 from hwsim.technology import MemoryMacro, Technology
 
@@ -59,7 +60,7 @@ AREA_COMPONENTS = (
 """Components of `machine_area`, in the order in which they are reported."""
 
 TYPE_BITS = 2  # a type code at its widest (microarchitecture, section 5)
-COLUMN_INDEX_BITS = 16  # assumption: an index of a block column in the queues and the arbiter
+COLUMN_INDEX_BITS = INDEX_BITS  # an index of a block column in the queues and the arbiter, as in the RTL
 SCALE_BITS = 16  # the requantiser's scale (microarchitecture, section 5)
 OPERAND_SETS = 2  # the operand that was fetched, and the one that the PE works on
 ACCUMULATOR_SETS = 2  # the pass that computes, and the one that drains
@@ -113,15 +114,6 @@ class _Logic:
 
     cell_um2: float
     register_bits: int = 0
-
-
-def log2_ceil(count: int) -> int:
-    """``ceil(log2 count)`` of a positive integer, exactly.
-
-    >>> [log2_ceil(count) for count in (1, 2, 3, 4, 5)]
-    [0, 1, 2, 2, 3]
-    """
-    return (count - 1).bit_length()
 
 
 def datapath(machine: Machine) -> Datapath:
@@ -185,63 +177,36 @@ def memory_macros(machine: Machine, technology: Technology) -> dict[str, MemoryM
 def _logic(machine: Machine, technology: Technology) -> dict[str, _Logic]:
     array, precision, front_end = machine.array, machine.precision, machine.front_end
     g_o, g_k = array.block
-    pes, widths, word_bits = array.rows * array.columns, datapath(machine), machine.word_bits
-    adder, gate = technology.adder_um2, technology.gate_um2
-
-    def logic(cell_um2: float, register_bits: int = 0) -> _Logic:
-        return _Logic(cell_um2 + register_bits * technology.register_um2, register_bits)
-
-    # A multiplier is as wide as the wider of its two uses; tree_groups outputs are summed side by side.
-    weight_bits, operand_bits = precision.weight_bits, precision.activation_bits
-    tree_groups = -(-array.multipliers // widths.tree_inputs)
-    accumulator_adders = min(g_o, tree_groups)
-    if machine.features.unified_path:
-        weight_bits = max(weight_bits, precision.magnitude_bits)
-        operand_bits = max(operand_bits, widths.sum_bits)
-        accumulator_adders = min(g_o, array.multipliers)
-    accumulator_bits = pes * ACCUMULATOR_SETS * g_o * precision.accumulator_bits
-    requantizer_um2 = (
-        technology.multiplier_um2(precision.accumulator_bits, SCALE_BITS)
-        + 2 * adder(precision.accumulator_bits)  # bias, rounding
-        + technology.shifter_um2(precision.accumulator_bits)
-    )
-    output_register_bits = precision.accumulator_bits + precision.activation_bits
+    pes, word_bits, words = array.rows * array.columns, machine.word_bits, machine.output.words_per_cycle
     filled_bits = word_bits * machine.operand_store.fill_words_per_cycle
-    result = {
-        "multipliers": logic(pes * array.multipliers * technology.multiplier_um2(weight_bits, operand_bits)),
-        "dense_adder_tree": logic(pes * max(array.multipliers - tree_groups, 0) * adder(widths.product_bits)),
-        "accumulators": logic(pes * accumulator_adders * adder(precision.accumulator_bits), accumulator_bits),
-        "operand_registers": logic(0.0, pes * OPERAND_SETS * g_k * precision.activation_bits),
+    registers = {
+        "accumulators": pes * ACCUMULATOR_SETS * g_o * precision.accumulator_bits,
+        "operand_registers": pes * OPERAND_SETS * g_k * precision.activation_bits,
         # the block that a row works on, held once per row and driven along it
-        "weight_broadcast": logic(0.0, array.rows * g_o * g_k * precision.weight_bits),
-        # a multiplexer of A inputs per bit and row; its wires run above the PEs
-        "multicast": logic(machine.operand_store.banks * array.rows * word_bits * gate),
-        # an aligned word, shifted by up to C positions
-        "expander": logic(filled_bits * log2_ceil(array.columns) * gate, filled_bits),
-        "requantizer": logic(
-            machine.output.words_per_cycle * requantizer_um2,
-            machine.output.words_per_cycle * output_register_bits,
-        ),
-        "control": logic(
-            (array.rows * technology.control_gates_per_row.value + technology.control_gates.value) * gate
-        ),
+        "weight_broadcast": array.rows * g_o * g_k * precision.weight_bits,
+        "expander": filled_bits,
+        "requantizer": words * (precision.accumulator_bits + precision.activation_bits),
     }
     if not machine.is_dense:
         window, depth = front_end.skip_window, front_end.queue_depth
         entry_bits = COLUMN_INDEX_BITS + TYPE_BITS
-        # two windows of codes (one refilled), aligned and searched for the first that is not PRUNED; queue;
-        # scan counter
-        gates = window * (TYPE_BITS * log2_ceil(window) + 1 + log2_ceil(window)) + depth * entry_bits
-        held_bits = 2 * TYPE_BITS * window + depth * entry_bits + COLUMN_INDEX_BITS
-        result["front_end"] = logic(array.rows * gates * gate, array.rows * held_bits)
-        # per bank, the smallest of the block columns that R rows request
-        compare_um2 = adder(COLUMN_INDEX_BITS) + COLUMN_INDEX_BITS * gate
-        result["arbiter"] = logic(machine.operand_store.banks * (array.rows - 1) * compare_um2)
-    if machine.features.unified_path:
-        # an adder of the sum's width and a row of exclusive-or gates that negates the activation
-        lane_um2 = adder(widths.sum_bits) + precision.activation_bits * gate
-        result["sign_adders"] = logic(pes * array.sign_adders * lane_um2)
-    return result
+        registers["front_end"] = array.rows * (
+            2 * TYPE_BITS * window + depth * entry_bits + COLUMN_INDEX_BITS
+        )
+    gates = component_gates(machine)
+    # The expander stands outside the RTL: an aligned word, shifted by up to C positions over multiplexers like those of the
+    # multicast, into registers like the operand's.
+    model = area_model()["coefficients"]
+    shifted = log2_ceil(array.columns) * model["multicast.select_bits"]
+    gates["expander"] = filled_bits * (shifted + model["row_control.word_bits"])
+    # The requantiser is combinational in the RTL; its registers are the drain's.
+    gates["requantizer"] += registers["requantizer"] * model["row_control.word_bits"]
+    gates["control"] += technology.interface_gates.value
+    return {
+        name: _Logic(count * technology.nand2_um2, registers.get(name, 0))
+        for name, count in gates.items()
+        if count
+    }
 
 
 def _placed_mm2(cell_um2: float, technology: Technology) -> float:
@@ -307,6 +272,8 @@ def array_geometry(machine: Machine, technology: Technology) -> ArrayGeometry:
 @lru_cache(maxsize=256)
 def dense_at_equal_area(machine: Machine, technology: Technology) -> Machine:
     """The dense machine of the same area: features off, rows added one at a time while it fits.
+
+    Its PE and weight feed are those that the RTL gives without the unified path, synthesised and fitted like the others.
 
     Features off takes away the sign adders, the front end and its arbiter, and the type, sign and magnitude
     memories. The rows of a dense machine run in lock step and never ask for two words at a time, so its

@@ -44,6 +44,7 @@ _COMMANDS = {
         "hwsim.commands_mutants:mutants",
         "Plant faults in RTL and kernels; the verification must catch them all.",
     ),
+    "synth": ("hwsim.commands_synth:synth", "Area and path depth of the RTL's parts, synthesised by Yosys."),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
     "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),

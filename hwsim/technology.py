@@ -30,6 +30,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hwsim.errors import InputError, Problem, nearest_name
+from hwsim.gates import area_model
 from hwsim.machine import validation_problems
 
 __all__ = [
@@ -338,14 +339,12 @@ class Technology(BaseModel):
         The supply of the logic, in volt.
     adder_energy_pj, multiplier_energy_pj, shifter_energy_pj : EnergyByWidth
         Per operation. A multiplier of ``bits`` takes two operands of that width.
-    adder_area_um2, multiplier_area_um2, shifter_area_um2 : ByWidth
     gate_energy_pj : EnergyFigure
         One two-input gate or multiplexer of one bit.
-    gate_area_um2 : Figure
+    nand2_area_um2 : Figure
+        Cell area of a two-input NAND: one gate equivalent.
     register_energy_pj : EnergyFigure
         One bit written, its clock pin in that cycle included.
-    register_area_um2 : Figure
-        One bit.
     wire_energy_pj_per_mm : EnergyFigure
         One bit of random data (half of the bits change) over one millimetre.
     logic_leakage_mw_per_mm2 : Figure
@@ -353,8 +352,8 @@ class Technology(BaseModel):
         Cell area over placed area, at most 1.
     clock_gate_bits : Figure
         Register bits behind one clock gate.
-    control_gates_per_row, control_gates : Figure
-        Gates of the control of a row, and of the machine.
+    interface_gates : Figure
+        Gate equivalents of what stands outside the RTL.
     sram : SramTable
         At the table's own node: SRAM is not scaled between nodes.
 
@@ -373,21 +372,16 @@ class Technology(BaseModel):
     node_nm: NodeNm
     supply_v: Figure
     adder_energy_pj: EnergyByWidth
-    adder_area_um2: ByWidth
     multiplier_energy_pj: EnergyByWidth
-    multiplier_area_um2: ByWidth
     shifter_energy_pj: EnergyByWidth
-    shifter_area_um2: ByWidth
     gate_energy_pj: EnergyFigure
-    gate_area_um2: Figure
+    nand2_area_um2: Figure
     register_energy_pj: EnergyFigure
-    register_area_um2: Figure
     wire_energy_pj_per_mm: EnergyFigure
     logic_leakage_mw_per_mm2: Figure
     logic_utilization: Figure
     clock_gate_bits: Figure
-    control_gates_per_row: Figure
-    control_gates: Figure
+    interface_gates: Figure
     sram: SramTable
 
     @model_validator(mode="after")
@@ -422,55 +416,55 @@ class Technology(BaseModel):
             energy_pj, record.node_nm, record.supply_v, self.node_nm, self.supply_v.value
         )
 
-    def _area_um2(self, record: Figure | ByWidth, area_um2: float) -> float:
-        return area_between_nodes(area_um2, record.node_nm, self.node_nm)
-
     def adder_pj(self, bits: int) -> float:
         """Energy of one addition of operands of ``bits``, in pJ."""
         return self._energy_pj(self.adder_energy_pj, by_width(self.adder_energy_pj, bits))
-
-    def adder_um2(self, bits: int) -> float:
-        """Cell area of an adder of ``bits``, in µm²."""
-        return self._area_um2(self.adder_area_um2, by_width(self.adder_area_um2, bits))
 
     def multiplier_pj(self, bits: int, other_bits: int) -> float:
         """Energy of one product of operands of ``bits`` and ``other_bits``, in pJ."""
         product = by_width(self.multiplier_energy_pj, bits * other_bits, power=2)
         return self._energy_pj(self.multiplier_energy_pj, product)
 
-    def multiplier_um2(self, bits: int, other_bits: int) -> float:
-        """Cell area of a multiplier of ``bits`` by ``other_bits``, in µm²."""
-        return self._area_um2(
-            self.multiplier_area_um2, by_width(self.multiplier_area_um2, bits * other_bits, power=2)
-        )
-
     def shifter_pj(self, bits: int) -> float:
         """Energy of one shift of a word of ``bits``, in pJ."""
         return self._energy_pj(self.shifter_energy_pj, by_width(self.shifter_energy_pj, bits))
-
-    def shifter_um2(self, bits: int) -> float:
-        """Cell area of a shifter of ``bits``, in µm²."""
-        return self._area_um2(self.shifter_area_um2, by_width(self.shifter_area_um2, bits))
 
     @property
     def gate_pj(self) -> float:
         """Energy of a two-input gate or multiplexer of one bit, in pJ."""
         return self._energy_pj(self.gate_energy_pj, self.gate_energy_pj.value)
 
+    def gates_um2(self, term: str, count: float = 1.0) -> float:
+        """Cell area of ``count`` units of a term of `hwsim.gates.TERM_COMPONENTS`, by the fit to synthesis runs, in µm²."""
+        return count * area_model()["coefficients"][term] * self.nand2_um2
+
+    def multiplier_um2(self, bits: int, other_bits: int) -> float:
+        """Cell area of a multiplier of ``bits`` by ``other_bits``, as in a PE, in µm²."""
+        return self.gates_um2("pe.multiplier_bits2", bits * other_bits)
+
+    def adder_um2(self, bits: int) -> float:
+        """Cell area of an adder of ``bits``, as in a PE's adder tree, in µm²."""
+        return self.gates_um2("pe.tree_adder_bits", bits)
+
+    @property
+    def register_um2(self) -> float:
+        """Cell area of one register bit with its enable, as in the operand registers, in µm²."""
+        return self.gates_um2("row_control.word_bits")
+
     @property
     def gate_um2(self) -> float:
-        """Cell area of a two-input gate or multiplexer of one bit, in µm²."""
-        return self._area_um2(self.gate_area_um2, self.gate_area_um2.value)
+        """Cell area of a two-input multiplexer of one bit, as in the multicast, in µm²."""
+        return self.gates_um2("multicast.select_bits")
+
+    @property
+    def nand2_um2(self) -> float:
+        """Cell area of one gate equivalent, in µm²."""
+        return area_between_nodes(self.nand2_area_um2.value, self.nand2_area_um2.node_nm, self.node_nm)
 
     @property
     def register_pj(self) -> float:
         """Energy of writing one register bit, in pJ."""
         return self._energy_pj(self.register_energy_pj, self.register_energy_pj.value)
-
-    @property
-    def register_um2(self) -> float:
-        """Cell area of one register bit, in µm²."""
-        return self._area_um2(self.register_area_um2, self.register_area_um2.value)
 
     @property
     def wire_pj_per_mm(self) -> float:

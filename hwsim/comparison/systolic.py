@@ -146,7 +146,7 @@ def _silicon(array: SystolicArray, machine: Machine, technology: Technology) -> 
     )
     if array.is_structured:
         pe_um2 += lanes * (GROUP - 1) * precision.activation_bits * technology.gate_um2
-    cell_um2 = pes * pe_um2 + technology.control_gates.value * technology.gate_um2
+    cell_um2 = pes * pe_um2 + technology.interface_gates.value * technology.nand2_um2
     # words that enter a row (or column) together wait in a triangle of registers for their turn
     activation_bits = array.activations_per_pe * precision.activation_bits
     skew_bits = rows * (rows - 1) // 2 * activation_bits

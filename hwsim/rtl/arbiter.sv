@@ -14,7 +14,7 @@ module arbiter #(
     output logic [            BANKS-1:0] bank_read,
     output logic [BANKS*COLUMN_BITS-1:0] bank_column
 );
-    logic [COLUMN_BITS-1:0] wanted, smallest;
+    logic [ROWS*COLUMN_BITS-1:0] least;
 
     always_comb begin
         for (int r = 0; r < ROWS; r++)
@@ -23,22 +23,27 @@ module arbiter #(
         `MUTANT(15, for (int r = 0; r < ROWS; r++)
             bank[r*BANK_BITS+:BANK_BITS] = BANK_BITS'((column[r*COLUMN_BITS+:COLUMN_BITS] >> 1) % COLUMN_BITS'(BANKS));)
         for (int a = 0; a < BANKS; a++) begin
-            smallest = '1;
             bank_read[a] = 1'b0;
             for (int r = 0; r < ROWS; r++) begin
-                wanted = column[r*COLUMN_BITS+:COLUMN_BITS];
+                least[r*COLUMN_BITS+:COLUMN_BITS] = '1;
                 if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a)) begin
                     bank_read[a] = 1'b1;
-                    if (wanted < smallest) smallest = wanted;
+                    least[r*COLUMN_BITS+:COLUMN_BITS] = column[r*COLUMN_BITS+:COLUMN_BITS];
                 end
             end
-            `MUTANT(11, for (int r = 0; r < ROWS; r++) begin
-                wanted = column[r*COLUMN_BITS+:COLUMN_BITS];
-                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a) && wanted > smallest) smallest = wanted;
-            end)
+            // A tree, so that the path grows with log2 ROWS.
+            for (int step = 1; step < ROWS; step = 2 * step)
+                for (int r = 0; r + step < ROWS; r = r + 2 * step)
+                    if (least[(r+step)*COLUMN_BITS+:COLUMN_BITS] < least[r*COLUMN_BITS+:COLUMN_BITS])
+                        least[r*COLUMN_BITS+:COLUMN_BITS] = least[(r+step)*COLUMN_BITS+:COLUMN_BITS];
+            `MUTANT(11, for (int r = 0; r < ROWS; r++)
+                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a)
+                    && (column[r*COLUMN_BITS+:COLUMN_BITS] > least[0+:COLUMN_BITS]))
+                    least[0+:COLUMN_BITS] = column[r*COLUMN_BITS+:COLUMN_BITS];)
             `MUTANT(12, for (int r = ROWS - 1; r >= 0; r--)
-                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a)) smallest = column[r*COLUMN_BITS+:COLUMN_BITS];)
-            bank_column[a*COLUMN_BITS+:COLUMN_BITS] = smallest;
+                if (request[r] && bank[r*BANK_BITS+:BANK_BITS] == BANK_BITS'(a))
+                    least[0+:COLUMN_BITS] = column[r*COLUMN_BITS+:COLUMN_BITS];)
+            bank_column[a*COLUMN_BITS+:COLUMN_BITS] = least[0+:COLUMN_BITS];
         end
         for (int r = 0; r < ROWS; r++)
             grant[r] = request[r] && column[r*COLUMN_BITS+:COLUMN_BITS] ==

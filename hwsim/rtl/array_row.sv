@@ -199,7 +199,8 @@ module array_row #(
             pe #(
                 .G_O(G_O), .G_K(G_K), .MULTIPLIERS(MULTIPLIER_LANES), .SIGN_ADDERS(ADDER_LANES),
                 .FACTOR_BITS(FACTOR_BITS), .ACTIVATION_BITS(ACTIVATION_BITS), .ACCUMULATOR_BITS(ACCUMULATOR_BITS),
-                .OUT_BITS(OUT_BITS), .IN_BITS(IN_BITS)
+                .OUT_BITS(OUT_BITS), .IN_BITS(IN_BITS), .MAGNITUDE_BITS(MAGNITUDE_BITS), .SIGN_PORT(SIGN_PORT),
+                .UNIFIED_CYCLES(UNIFIED_CYCLES)
             ) element (
                 .clock, .dense(active_dense), .first,
                 .word(active[c*G_K*ACTIVATION_BITS+:G_K*ACTIVATION_BITS]),

@@ -19,6 +19,7 @@ from hwsim.area import (
     memories,
     register_bits,
 )
+from hwsim.gates import area_model
 from hwsim.machine import Machine, load_machine
 from hwsim.technology import load_technology
 
@@ -116,19 +117,33 @@ def test_memories_of_the_reference_machine(msa):
 
 
 def test_areas_of_the_reference_machine_by_hand(msa):
-    """Horowitz's table: areas written out from its figures, in mm², placed at a density of 0.7."""
+    """Sizes of the parts written out, × the stored coefficients, in NAND2 of 0.798 µm² placed at a density of 0.7."""
     area = machine_area(msa, load_technology("45nm-horowitz"))
-    to_45 = 0.46 ** (-0.34553)  # 40 to 45 nm: ln(45/40) / ln(45/32) of the way to the area factor of 32 nm
-    register, gate, placed = 5.98 * to_45, 1.574 * to_45, 1e-6 / 0.7
-    multiplier_8_11 = 282 + (3495 - 282) * (88 - 64) / (1024 - 64)
-    adder_11, adder_18 = 36 + 31 * 3 / 8, 67 + 70 * 2 / 16
-    assert area["multipliers"] == pytest.approx(1024 * multiplier_8_11 * placed, rel=1e-4)
-    assert area["sign_adders"] == pytest.approx(4096 * (adder_11 + 8 * gate) * placed, rel=1e-4)
-    assert area["dense_adder_tree"] == pytest.approx(256 * 3 * adder_18 * placed, rel=1e-4)
-    assert area["accumulators"] == pytest.approx(256 * (4 * 137 + 2 * 4 * 32 * register) * placed, rel=1e-4)
-    assert area["operand_registers"] == pytest.approx(256 * 2 * 32 * register * placed, rel=1e-4)
-    assert area["multicast"] == pytest.approx(16 * 16 * 4 * 16 * 8 * gate * placed, rel=1e-4)
-    assert area["control"] == pytest.approx((16 * 2000 + 50000) * gate * placed, rel=1e-4)
+    gate_mm2 = 0.798e-6 / 0.7
+    each = area_model()["coefficients"]
+    # 4 multipliers of 9 × 11 bits; each takes one input, and the sum of one output
+    multipliers = 4 * 9 * 11 * each["pe.multiplier_bits2"] + 4 * 11 * each["pe.operand_select_bits"]
+    assert area["multipliers"] == pytest.approx(256 * multipliers * gate_mm2)
+    assert area["sign_adders"] == pytest.approx(256 * 16 * 11 * each["pe.sign_adder_bits"] * gate_mm2)
+    # 3 adders of 20 + 2 bits
+    assert area["dense_adder_tree"] == pytest.approx(256 * 3 * 22 * each["pe.tree_adder_bits"] * gate_mm2)
+    # one tree of 22 bits and a product of 20 bits reach each of 4 outputs
+    accumulators = (
+        256 * each["pe.accumulator_bits"]
+        + 128 * each["pe.accumulator_adder_bits"]
+        + 4 * (22 + 20) * each["pe.accumulator_select_bits"]
+    )
+    assert area["accumulators"] == pytest.approx(256 * accumulators * gate_mm2)
+    assert area["operand_registers"] == pytest.approx(16 * 1024 * each["row_control.word_bits"] * gate_mm2)
+    multicast = 15 * 32 * each["multicast.select_bits"] + each["multicast.pe"]
+    assert area["multicast"] == pytest.approx(256 * multicast * gate_mm2)
+    front_end = (
+        each["front_end.row"]
+        + 3 * each["front_end.window_bits"]
+        + 4 * 21 * each["front_end.queue_bits"]
+        + 8 * each["row_control.window"]
+    )
+    assert area["front_end"] == pytest.approx(16 * front_end * gate_mm2)
     assert area["sign_memory"] == pytest.approx(16 * 0.02567)  # CACTI: 8 KiB with a 16-bit port
     assert area["type_memory"] == pytest.approx(16 * 0.003376)  # 1 KiB, 16 bits
     assert area["output_buffer"] == pytest.approx(0.222)  # 64 KiB, 512 bits
@@ -144,7 +159,7 @@ def test_components_sum_to_the_total_of_logic_and_memories(msa, technology):
 
 def test_registers_of_the_reference_machine(msa):
     pes = 256 * (2 * 4 * 32 + 2 * 32)
-    front_end = 16 * (2 * 2 * 8 + 4 * 18 + 16)
+    front_end = 16 * (2 * 2 * 8 + 4 * 22 + 20)
     rest = 16 * 128 + 512 + 64 * 40  # weights of a row, expander, requantiser
     assert register_bits(msa, load_technology("45nm-horowitz")) == pes + front_end + rest
 
@@ -185,26 +200,29 @@ def test_features_take_parts_away(msa, technology, skip, unified, absent):
 def test_without_the_unified_path_the_multipliers_are_narrower(msa, technology):
     off = machine_area(msa.with_fields({"features.unified_path": False}), technology)
     on = machine_area(msa, technology)
-    # 8 × 8 instead of 8 × 11 bits; one accumulator adder instead of four
-    assert off["multipliers"] == pytest.approx(1024 * technology.multiplier_um2(8, 8) * 1e-6 / 0.7)
-    assert off["accumulators"] < on["accumulators"]
+    # 8 × 8 instead of 9 × 11 bits and no choice of operand; one accumulator adder instead of four
+    each = area_model()["coefficients"]["pe.multiplier_bits2"]
+    assert off["multipliers"] == pytest.approx(1024 * 64 * each * technology.nand2_um2 * 1e-6 / 0.7)
+    assert off["multipliers"] < on["multipliers"] * 64 / 99
+    assert off["weight_broadcast"] < on["weight_broadcast"]
 
 
 # ---------------------------------------------------------------- growth
 
 
 def test_the_multicast_network_grows_with_each_of_its_factors(msa, technology):
-    """Its area goes with A·R·g_k·C·activation_bits."""
+    """Its area goes with (A − 1)·R·g_k·C·activation_bits, and a little for every PE."""
     area = machine_area(msa, technology)["multicast"]
-    for field, value in (
-        ("operand_store.banks", 32),
-        ("array.rows", 32),
-        ("array.block", [4, 8]),
-        ("array.columns", 32),
-        ("precision.activation_bits", 16),
+    for field, value, ratio in (
+        ("operand_store.banks", 32, 31 / 15),
+        ("array.rows", 32, 2),
+        ("array.block", [4, 8], 2),
+        ("array.columns", 32, 2),
+        ("precision.activation_bits", 16, 2),
     ):
         changed = msa.with_fields({field: value})
-        assert machine_area(changed, technology)["multicast"] == pytest.approx(2 * area)
+        assert machine_area(changed, technology)["multicast"] == pytest.approx(ratio * area, rel=0.02)
+    assert machine_area(msa.with_fields({"operand_store.banks": 1}), technology)["multicast"] == 0
 
 
 @given(machines, st.sampled_from(TABLES))
@@ -213,7 +231,7 @@ def test_more_of_anything_in_logic_is_larger(machine, name):
     technology = load_technology(name)
     area = machine_area(machine, technology)
     assert all(value >= 0 for value in area.values())
-    for field in ("array.multipliers", "array.sign_adders", "front_end.queue_depth", "array.rows"):
+    for field in ("array.rows", "array.columns", "front_end.queue_depth", "front_end.skip_window"):
         part, leaf = field.split(".")
         more = machine.with_fields({field: getattr(getattr(machine, part), leaf) + 1})
         grown = machine_area(more, technology)
@@ -289,12 +307,8 @@ def test_rows_end_where_the_machine_description_ends(msa):
     """Free rows (negligible areas) stop at the largest machine instead of running for ever."""
     technology = load_technology("45nm-horowitz")
     tiny = {
-        name: getattr(technology, name).model_copy(update={"value": 1e-9})
-        for name in ("gate_area_um2", "register_area_um2")
-    }
-    tiny |= {
-        name: getattr(technology, name).model_copy(update={"bits": (8,), "values": (1e-9,)})
-        for name in ("adder_area_um2", "multiplier_area_um2", "shifter_area_um2")
+        name: getattr(technology, name).model_copy(update={"value": 1e-12})
+        for name in ("nand2_area_um2", "interface_gates")
     }
     areas = tuple(tuple(1e-12 * (1 + c) for c in range(13)) for _ in range(7))
     free = technology.model_copy(

@@ -259,10 +259,10 @@ def test_words_of_the_reference_machine(msa, horowitz):
     expected = {
         ("words_read", "operand_store_read"): store.read_energy_pj,
         ("words_read", "multicast"): 512 * way_mm * wire,
-        ("words_read", "arbiter"): 15 * (0.05 + 16 * gate),
+        ("words_read", "arbiter"): 15 * (0.05 + 0.05 * 4 / 16 + 20 * gate),
         ("latches", "multicast"): 512 * 4 * gate,
         ("latches", "operand_registers"): 2 * 512 * register,
-        ("latches", "front_end"): 18 * (register + 2 * gate),
+        ("latches", "front_end"): 22 * (register + 2 * gate),
         ("words_filled", "operand_store_fill"): store.write_energy_pj,
         ("words_filled", "expander"): 512 * (4 * gate + register + geometry.width_mm * wire),
         ("codes_examined", "front_end"): 2 * (register + 3 * gate) + 4 * gate,

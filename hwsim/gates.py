@@ -1,0 +1,208 @@
+"""Gate equivalents of the logic of a machine: circuit sizes counted from its description × coefficients from synthesis.
+
+`part_terms` counts what a part of the RTL is made of: operand bits of multipliers squared, adder bits, register bits, inputs of
+multiplexers. What one of each costs, in NAND2 gate equivalents, is fitted without negative values to Yosys runs of the same RTL
+(`hwsim.area_fit`, stored in ``synthesis_data``). `component_gates` is their product, by component of `hwsim.area`.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib import resources
+from math import gcd
+from typing import Any
+
+from hwsim.machine import Machine
+
+__all__ = [
+    "INDEX_BITS",
+    "TERM_COMPONENTS",
+    "area_model",
+    "component_gates",
+    "log2_ceil",
+    "part_counts",
+    "part_terms",
+]
+
+INDEX_BITS = 20
+"""Bits of a block column's index: ``COLUMN_BITS`` of the RTL."""
+
+TERM_COMPONENTS = {
+    "pe.multiplier_bits2": "multipliers",
+    "pe.operand_select_bits": "multipliers",
+    "pe.tree_adder_bits": "dense_adder_tree",
+    "pe.accumulator_bits": "accumulators",
+    "pe.accumulator_adder_bits": "accumulators",
+    "pe.accumulator_select_bits": "accumulators",
+    "pe.sign_adder_bits": "sign_adders",
+    "pe.sign_select_bits": "sign_adders",
+    "pe.held_sum_bits": "sign_adders",
+    "front_end.row": "front_end",
+    "front_end.window_bits": "front_end",
+    "front_end.queue_bits": "front_end",
+    "row_control.word_bits": "operand_registers",
+    "row_control.row": "control",
+    "row_control.window": "front_end",
+    "weight_feed.row": "weight_broadcast",
+    "weight_feed.block_bits": "weight_broadcast",
+    "weight_feed.lane_select_bits": "weight_broadcast",
+    "weight_feed.sign_row": "weight_broadcast",
+    "weight_feed.sign_select_bits": "weight_broadcast",
+    "multicast.pe": "multicast",
+    "multicast.select_bits": "multicast",
+    "arbiter.compare_bits": "arbiter",
+    "arbiter.select_bits": "arbiter",
+    "arbiter.row_bits": "arbiter",
+    "arbiter.modulo_bits": "arbiter",
+    "requantizer.product_bits": "requantizer",
+    "requantizer.accumulator_bits": "requantizer",
+    "counters.machine": "control",
+    "counters.rows": "control",
+    "sequencer.machine": "control",
+    "loader.machine": "control",
+}
+"""Every term of the model, ``part.term``, and the component of `hwsim.area` that it belongs to."""
+
+
+def log2_ceil(count: int) -> int:
+    """``ceil(log2 count)`` of a positive integer, exactly.
+
+    >>> [log2_ceil(count) for count in (1, 2, 3, 4, 5)]
+    [0, 1, 2, 2, 3]
+    """
+    return (count - 1).bit_length()
+
+
+def part_counts(machine: Machine) -> dict[str, int]:
+    """How many of each part the machine has; none of what its features leave out."""
+    rows, pes = machine.array.rows, machine.array.rows * machine.array.columns
+    skips = not machine.is_dense
+    return {
+        "pe": pes,
+        "front_end": rows * skips,
+        "row_control": rows,
+        "weight_feed": rows,
+        "multicast": pes,
+        "arbiter": int(skips),
+        "requantizer": machine.output.words_per_cycle,
+        "counters": 1,
+        "sequencer": 1,
+        "loader": 1,
+    }
+
+
+def part_terms(machine: Machine) -> dict[str, float]:
+    """Sizes of one of each part, by the terms of `TERM_COMPONENTS`."""
+    array, precision, window = machine.array, machine.precision, machine.front_end.skip_window
+    rows, banks = array.rows, machine.operand_store.banks
+    return {
+        **_pe_terms(machine),
+        "front_end.row": 1,
+        "front_end.window_bits": log2_ceil(window),
+        "front_end.queue_bits": machine.front_end.queue_depth * (INDEX_BITS + 1),
+        "row_control.word_bits": 2 * machine.word_bits,
+        "row_control.row": 1,
+        "row_control.window": 0 if machine.is_dense else window,
+        **_feed_terms(machine),
+        # a multiplexer of A inputs for each bit of a PE's part of the word
+        "multicast.pe": int(banks > 1),
+        "multicast.select_bits": (banks - 1) * array.block[1] * precision.activation_bits,
+        "arbiter.compare_bits": banks * (rows - 1) * INDEX_BITS,
+        "arbiter.select_bits": banks * log2_ceil(banks) * rows * INDEX_BITS,
+        "arbiter.row_bits": rows * INDEX_BITS,
+        "arbiter.modulo_bits": 0 if banks & (banks - 1) == 0 else rows * INDEX_BITS * log2_ceil(banks),
+        # the sum with a 32-bit bias times a 16-bit scale, and its shift
+        "requantizer.product_bits": max(precision.accumulator_bits, 32) + 18,
+        "requantizer.accumulator_bits": precision.accumulator_bits,
+        "counters.machine": 1,
+        "counters.rows": rows,
+        "sequencer.machine": 1,
+        "loader.machine": 1,
+    }
+
+
+def _pe_terms(machine: Machine) -> dict[str, float]:
+    """A PE; names and widths are those of hwsim/rtl/pe.sv."""
+    (g_o, g_k), array, precision = machine.array.block, machine.array, machine.precision
+    unified, n = machine.features.unified_path, g_o * g_k
+    lanes = min(array.multipliers, n)
+    sum_bits = precision.activation_bits + log2_ceil(g_k) + 1
+    operand_bits = sum_bits if unified else precision.activation_bits
+    factor_bits = (
+        max(precision.weight_bits, precision.magnitude_bits + 1) if unified else precision.weight_bits
+    )
+    tree = gcd(g_k, lanes)
+    trees = lanes // tree
+    # Only as many lanes as the block has outputs multiply sums; the others see activations alone.
+    wide_lanes = min(lanes, g_o) if unified else 0
+    product_bits = operand_bits + factor_bits
+    tree_bits = product_bits + log2_ceil(tree)
+    outputs_of_tree = min(g_o, -(-n // lanes))
+    inputs_of_lane = g_k // tree
+    shared = not unified and tree in (g_k, lanes)
+    select_bits = lanes * precision.activation_bits * (inputs_of_lane - 1)
+    terms: dict[str, float] = {
+        "pe.multiplier_bits2": factor_bits
+        * (wide_lanes * sum_bits + (lanes - wide_lanes) * precision.activation_bits),
+        "pe.tree_adder_bits": (lanes - trees) * tree_bits,
+        "pe.accumulator_bits": 2 * g_o * precision.accumulator_bits,
+        "pe.accumulator_adder_bits": (trees if shared else g_o) * precision.accumulator_bits,
+        "pe.accumulator_select_bits": trees
+        * outputs_of_tree
+        * (2 * precision.accumulator_bits if shared else tree_bits),
+        "pe.sign_adder_bits": 0,
+        "pe.sign_select_bits": 0,
+        "pe.held_sum_bits": 0,
+    }
+    if unified:
+        adders = min(array.sign_adders, n)
+        outputs_of_lane = -(-g_o // lanes)
+        select_bits += wide_lanes * sum_bits * outputs_of_lane
+        terms["pe.accumulator_select_bits"] += g_o * product_bits
+        terms["pe.sign_adder_bits"] = adders * sum_bits
+        terms["pe.sign_select_bits"] = (n - adders) * (precision.activation_bits + sum_bits)
+        terms["pe.held_sum_bits"] = g_o * sum_bits if _unified_cycles(machine) > 1 else 0
+    return terms | {"pe.operand_select_bits": select_bits}
+
+
+def _unified_cycles(machine: Machine) -> int:
+    (g_o, g_k), array = machine.array.block, machine.array
+    bits = g_o * g_k + machine.precision.magnitude_bits
+    return max(
+        -(-g_o * g_k // array.sign_adders),
+        -(-g_o // array.multipliers),
+        -(-bits // machine.weights.sign_port_bits),
+    )
+
+
+def _feed_terms(machine: Machine) -> dict[str, float]:
+    """The weight feed of a row; hwsim/rtl/weight_feed.sv."""
+    (g_o, g_k), array, precision = machine.array.block, machine.array, machine.precision
+    n, unified = g_o * g_k, machine.features.unified_path
+    block_bits = n * precision.weight_bits
+    return {
+        "weight_feed.row": 1,
+        "weight_feed.block_bits": block_bits,
+        "weight_feed.lane_select_bits": min(array.multipliers, n) * block_bits,
+        "weight_feed.sign_row": int(unified),
+        "weight_feed.sign_select_bits": min(array.sign_adders, n) * n * unified,
+    }
+
+
+@lru_cache(maxsize=1)
+def area_model() -> dict[str, Any]:
+    """The stored fit: ``coefficients`` in gate equivalents by term, its errors, and what it was made from."""
+    file = resources.files("hwsim").joinpath("synthesis_data", "area_model.json")
+    return json.loads(file.read_text("utf-8"))
+
+
+def component_gates(machine: Machine) -> dict[str, float]:
+    """Gate equivalents of all parts of a machine, by component of `hwsim.area`."""
+    coefficients, counts = area_model()["coefficients"], part_counts(machine)
+    gates: dict[str, float] = {}
+    for term, size in part_terms(machine).items():
+        part = term.split(".")[0]
+        component = TERM_COMPONENTS[term]
+        gates[component] = gates.get(component, 0.0) + counts[part] * size * coefficients[term]
+    return gates
