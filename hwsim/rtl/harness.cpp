@@ -170,7 +170,7 @@ class Bench {
         for (int b = 0; b < kLoadBytes; ++b) put(top->load_data, 8 * b, 8, mixed(cycle * 131 + b) & 255u);
         const uint32_t* transfer = job.transfer_table + kTransferFields * carried;
         if (carried < job.transfers && shown != carried + 1) {
-            top->transfer_part = transfer[kPart];
+            top->transfer_part = transfer[kPart] & 7u;
             top->transfer_first = transfer[kFirst];
             top->transfer_place = transfer[kPlace];
             top->transfer_tile = transfer[kTile];
