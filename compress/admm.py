@@ -158,7 +158,7 @@ class ADMM:
         compressed = [layer for layer in self.plan.layers if sum(layer.counts)]
         rhos = dict(rho) if isinstance(rho, Mapping) else {layer.name: float(rho) for layer in compressed}
         curvature = dict(curvature or {})
-        _check_settings(compressed, rhos, rho_growth, rho_max, ramp_updates, curvature)
+        _check_settings(self.plan, compressed, rhos, rho_growth, rho_max, ramp_updates, curvature)
         self.rho_growth = rho_growth
         self.rho_max = rho_max
         self.ramp_updates = ramp_updates
@@ -394,6 +394,7 @@ def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: flo
 
 
 def _check_settings(
+    plan: Plan,
     layers: list[PlannedLayer],
     rhos: dict[str, float],
     rho_growth: float,
@@ -402,11 +403,13 @@ def _check_settings(
     curvature: dict[str, Tensor],
 ) -> None:
     shapes = {layer.name: layer.weight_shape for layer in layers}
+    # An allocation may leave a layer whole; its curvature does no harm.
+    known = {layer.name: layer.weight_shape for layer in plan.layers}
     problems = [
-        Problem(f"{field}.{name}", "no such compressed layer", nearest_name(name, shapes))
-        for field, given in (("rho", rhos), ("curvature", curvature))
+        Problem(f"{field}.{name}", "no such compressed layer", nearest_name(name, names))
+        for field, given, names in (("rho", rhos, shapes), ("curvature", curvature, known))
         for name in given
-        if name not in shapes
+        if name not in names
     ]
     problems += [
         Problem(f"rho.{name}", "missing", "every compressed layer needs one")
@@ -425,9 +428,9 @@ def _check_settings(
     if ramp_updates < 0:
         problems.append(Problem("ramp_updates", f"{ramp_updates}, must not be negative"))
     problems += [
-        Problem(f"curvature.{name}", f"shape {tuple(h.shape)}, the weight has {shapes[name]}")
+        Problem(f"curvature.{name}", f"shape {tuple(h.shape)}, the weight has {known[name]}")
         for name, h in curvature.items()
-        if name in shapes and tuple(h.shape) != shapes[name]
+        if name in known and tuple(h.shape) != known[name]
     ]
     if problems:
         raise InputError("ADMM", problems)

@@ -239,9 +239,9 @@ class _Walk:
 
 
 def _reads_size(node: torch.fx.Node) -> bool:
-    if node.op == "call_method" and node.target in ("size", "dim"):
-        return True
-    return node.op == "call_function" and node.target is getattr and node.args[1] in ("shape", "ndim")
+    if node.op == "call_method":
+        return node.target in ("size", "dim")
+    return node.target is getattr and str(node.args[1]) in ("shape", "ndim")
 
 
 def _flattens(node: torch.fx.Node) -> bool:
@@ -253,7 +253,7 @@ def _flattens(node: torch.fx.Node) -> bool:
         return (start, end) == (1, -1)
     if node.target in ("view", "reshape", torch.reshape):
         sizes = arguments[0] if len(arguments) == 1 and isinstance(arguments[0], tuple | list) else arguments
-        return len(sizes) == 2 and isinstance(sizes[0], torch.fx.Node) and sizes[1] == -1
+        return len(sizes) == 2 and isinstance(sizes[0], torch.fx.Node) and sizes[1] in (-1,)
     return False
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from compress import zoo
+from compress.allocate import AllocationMethod, allocate, budget_spent
 from compress.artifact import Artifact, DatasetNote
+from compress.budget import Budget, as_budget
 from compress.data import Dataset, balanced_subset
-from compress.fit import Progress, compress
+from compress.fit import CompressionResult, Progress, compress
 from compress.integer import IntegerModel, quantize_activations, width_problems
 from compress.layers import CompressedLayer
-from compress.rules import CompressionConfig, Recipe
+from compress.rules import CompressionConfig, Plan, Recipe
 from compress.shapes import layer_shapes
 from compress.train import Checkpoint, channels_last, check_fit, evaluate, note_of, state_problems
 from hwsim.errors import FormatError, InputError, Problem
@@ -29,10 +32,14 @@ def compress_checkpoint(
     config: CompressionConfig,
     recipe: Recipe | None = None,
     *,
+    allocation: AllocationMethod | None = None,
+    budget: Budget | str | None = None,
+    blocks: Sequence[tuple[int, int]] = (),
     activation_bits: int = 8,
     accumulator_bits: int = 32,
     calibration_images: int = 512,
     progress: Callable[[Progress], None] | None = None,
+    resume_from: str | Path | None = None,
 ) -> Artifact:
     """From a trained network to its compressed form with both accuracies: everything that `hwsim compress` does.
 
@@ -43,18 +50,25 @@ def compress_checkpoint(
     data : Dataset
     config : CompressionConfig
     recipe : Recipe, optional
+    allocation : str, optional
+    budget : Budget or str, optional
+    blocks : sequence of (int, int)
+        How block types are dealt out over the layers: see `compress.allocate.allocate`.
     activation_bits, accumulator_bits : int
         Of the integer model.
     calibration_images : int
-        Training images, as many of each class, that set the scales of the activations.
+        Training images, as many of each class, that set the scales of the activations and weigh blocks.
     progress : callable, optional
         See `compress.fit.compress`.
+    resume_from : str or Path, optional
+        A folder for the state of the run, as ``checkpoint`` of `compress.fit.compress`.
 
     Returns
     -------
     Artifact
         ``results`` holds ``accuracy_dense``, ``accuracy_projected``, ``accuracy_retrained`` (float, quantised weights),
-        ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``.
+        ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``; with a budget
+        ``budget``: its quantity, limit, and what the final block types cost. ``recipe`` holds the plan, layer by layer.
 
     Raises
     ------
@@ -75,29 +89,44 @@ def compress_checkpoint(
 
     check_fit(model, data)
     train_inputs = data.normalise(data.train_images)
+    chosen = torch.from_numpy(balanced_subset(data.train_labels.numpy(), calibration_images, recipe.seed))
+    calibration = train_inputs[chosen], data.train_labels[chosen]
+    wanted = as_budget(budget)
+    plan: Plan | CompressionConfig = config
+    if allocation is not None or wanted is not None or blocks:
+        plan = allocate(model, calibration, config, budget=wanted, method=allocation, blocks=blocks)
     with channels_last(model, test_inputs[:2]):
         result = compress(
-            model, config, (train_inputs, data.train_labels), recipe, evaluate=accuracy, progress=progress
+            model,
+            plan,
+            (train_inputs, data.train_labels),
+            recipe,
+            evaluate=accuracy,
+            progress=progress,
+            checkpoint=resume_from,
         )
-    chosen = torch.from_numpy(balanced_subset(data.train_labels.numpy(), calibration_images, recipe.seed))
     integer_model = quantize_activations(
         model,
         result.layers,
-        train_inputs[chosen],
+        calibration[0],
         activation_bits=activation_bits,
         accumulator_bits=accumulator_bits,
     )
     outside = [f"{item.name} runs outside the array: {item.reason}" for item in result.plan.untreated]
+    spent, over = _spending(wanted, model, result, data.input_shape)
     results = {
         "accuracy_dense": result.accuracy_dense,
         "accuracy_projected": result.accuracy_projected,
         "accuracy_retrained": result.accuracy_retrained,
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
-        "warnings": [*result.warnings, *integer_model.notes, *outside],
+        "warnings": [*result.warnings, *over, *integer_model.notes, *outside],
+        **spent,
     }
     how = {
         "config": config.model_dump(mode="json"),
+        "plan": result.plan.to_dict(),
+        "permutation": result.permutation.to_dict(),
         "training": recipe.model_dump(mode="json"),
         "train_images": len(data.train_labels),
         "calibration_images": len(chosen),
@@ -115,6 +144,25 @@ def compress_checkpoint(
         results=results,
         dataset=note_of(data),
     )
+
+
+def _spending(
+    budget: Budget | None, model: nn.Module, result: CompressionResult, input_shape: tuple[int, ...]
+) -> tuple[dict[str, Any], list[str]]:
+    """What the final block types cost in the budget, and a warning where it is more than was allowed."""
+    if budget is None:
+        return {}, []
+    types = {name: layer.types for name, layer in result.layers.items()}
+    reached = budget_spent(budget, model, result.plan, types, input_shape)
+    spent = {"quantity": budget.quantity, "limit": budget.limit, "reached": reached}
+    if reached <= budget.limit:
+        return {"budget": spent}, []
+    share = reached / budget.limit - 1
+    warning = (
+        f"{budget.quantity}: {reached:,.10g} after training, {share:.2%} above the budget of {budget.limit:,.10g}: the "
+        f"counts are the plan's, but training moved the blocks; ask for {budget.limit / (1 + share):,.6g}, or balance the rows"
+    )
+    return {"budget": spent}, [warning]
 
 
 def make_artifact(

@@ -341,7 +341,8 @@ class Allocation:
     machine : str
         Name of the machine that it is measured on; empty where none is needed.
     layers : dict from layer name to dict
-        ``cost`` (in the budget's unit) and ``damage`` of each layer, where they are known.
+        With a budget: ``cost`` in its unit, and ``energy_kept_percent``, the share of the (curvature-weighted) energy that the
+        layer keeps.
     """
 
     method: str
