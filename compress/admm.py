@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.projection import Projection, project_to_counts
+from compress.blocks import matrix_to_weight, weight_to_matrix
+from compress.projection import Projection, block_costs, block_values, project_to_counts
 from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.layer import DENSE
 
-__all__ = ["ADMM", "Residual", "project_layer", "ramp_share"]
+__all__ = ["ADMM", "Residual", "project_layer", "project_to_types", "ramp_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class ADMM:
 
     Attributes
     ----------
+    model : nn.Module
     plan : Plan
     residuals : list of Residual
         One per layer and update.
@@ -154,6 +156,7 @@ class ADMM:
         ramp_updates: int = 0,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.model = model
         self.plan = config if isinstance(config, Plan) else plan_layers(model, config)
         compressed = [layer for layer in self.plan.layers if sum(layer.counts)]
         rhos = dict(rho) if isinstance(rho, Mapping) else {layer.name: float(rho) for layer in compressed}
@@ -382,6 +385,16 @@ def project_layer(
         curvature=curvature,
         name=layer.name,
     )
+
+
+@torch.no_grad()
+def project_to_types(layer: PlannedLayer, types: Tensor) -> None:
+    """Bring a layer's weight, in place, to the nearest one with these very types ``[groups, Mb, Kb]``."""
+    settings, weight = layer.settings, layer.module.get_parameter("weight")
+    matrix = weight_to_matrix(weight, layer.groups, settings.column_order)
+    magnitude = block_costs(matrix, settings.block).magnitude.to(matrix)
+    values = block_values(matrix, types.to(weight.device), magnitude, settings.block)
+    weight.copy_(matrix_to_weight(values, layer.weight_shape, settings.column_order))
 
 
 def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: float) -> _State:

@@ -25,7 +25,7 @@ from compress.rules import Allocation, CompressionConfig, Plan, PlannedLayer, pl
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
-__all__ = ["AllocationMethod", "allocate", "budget_spent", "erdos_renyi_densities"]
+__all__ = ["AllocationMethod", "allocate", "budget_spent", "erdos_renyi_densities", "keep_within"]
 
 AllocationMethod = Literal["uniform", "erdos-renyi", "magnitude", "fisher", "hessian"]
 METHODS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
@@ -33,6 +33,9 @@ METHODS: tuple[AllocationMethod, ...] = get_args(AllocationMethod)
 Data = tuple[Tensor, Tensor] | Iterable[tuple[Tensor, Tensor]]
 
 _CALIBRATION_BATCH = 64
+
+_TRIMS = 20
+"""Most rounds in which final types are brought within a budget; one or two do."""
 
 
 def allocate(
@@ -107,13 +110,13 @@ def allocate(
     if wanted is None and chosen == "uniform":
         return replace(plan, allocation=Allocation(chosen))
     if wanted is None and chosen == "erdos-renyi":
-        return _with_counts(plan, _erdos_renyi(treated), Allocation(chosen))
+        return replace(plan.with_counts(_erdos_renyi(treated)), allocation=Allocation(chosen))
     h = dict(curvature_of or {})
     if chosen in ("fisher", "hessian") and curvature_of is None:
         kind: CurvatureKind = "fisher" if chosen == "fisher" else "hessian"
         h = curvature(kind, model, treated, batches, loss_fn)
     if wanted is None:
-        return _with_counts(plan, _ranked(treated, h), Allocation(chosen))
+        return replace(plan.with_counts(_ranked(treated, h)), allocation=Allocation(chosen))
     shape = input_shape or tuple(batches[0][0].shape[1:])
     return _within(wanted, chosen, model, plan, treated, blocks, h, shape)
 
@@ -296,18 +299,6 @@ def _losses(layer: PlannedLayer, h: Tensor | None) -> tuple[NDArray[np.float64],
     return prune / total, unify / total
 
 
-def _with_counts(plan: Plan, counts: Mapping[str, tuple[int, int]], allocation: Allocation) -> Plan:
-    layers = [_counted(layer, *counts.get(layer.name, layer.counts)) for layer in plan.layers]
-    return replace(plan, layers=tuple(layers), allocation=allocation)
-
-
-def _counted(layer: PlannedLayer, pruned: int, unified: int) -> PlannedLayer:
-    """A layer with these counts, and the ratios that they are."""
-    blocks = math.prod(layer.types_shape)
-    ratios = {"pruned": pruned / blocks, "unified": unified / blocks}
-    return replace(layer, counts=(pruned, unified), settings=layer.settings.model_copy(update=ratios))
-
-
 # --- a budget
 
 
@@ -343,7 +334,7 @@ def _within(
             continue
         choice = dealt[layer.name]
         counts = np.bincount(choice.types.ravel(), minlength=3)
-        layers.append(_counted(choice.layer, int(counts[PRUNED]), int(counts[UNIFIED])))
+        layers.append(choice.layer.with_counts(int(counts[PRUNED]), int(counts[UNIFIED])))
         spent[layer.name] = {
             "cost": choice.cost,
             "energy_kept_percent": 100 * math.exp(-choice.damage),
@@ -375,6 +366,46 @@ def budget_spent(
     return budget.fixed_cost(model, plan.layers) + sum(
         cost(layer, types[layer.name]) for layer in plan.layers
     )
+
+
+def keep_within(
+    budget: Budget,
+    model: nn.Module,
+    plan: Plan,
+    types: Mapping[str, NDArray[np.uint8]],
+    input_shape: tuple[int, ...],
+) -> dict[str, NDArray[np.uint8]]:
+    """Final block types that keep the budget: as they are, or with the least valuable executed blocks stepped down.
+
+    Parameters
+    ----------
+    budget : Budget
+    model : nn.Module
+        With projected weights.
+    plan : Plan
+    types : mapping from layer name to uint8 array ``[groups, Mb, Kb]``
+    input_shape : tuple of int
+        Of one input.
+    """
+    cost = budget.cost_function(model, input_shape)
+    kept = {name: codes.copy() for name, codes in types.items()}
+    treated = [layer for layer in plan.layers if not layer.exempt]
+    fixed = budget.fixed_cost(model, plan.layers)
+    fixed += sum(cost(layer, kept[layer.name]) for layer in plan.layers if layer.exempt)
+
+    def excess() -> float:
+        return fixed + sum(cost(layer, kept[layer.name]) for layer in treated) - budget.limit
+
+    limit = budget.limit
+    for _ in range(_TRIMS):
+        if excess() <= 0:
+            break
+        options = [_options(layer, (), None, cost) for layer in treated]
+        for choice in least_damage(options, cost, fixed, limit, budget.quantity):
+            # Blocks that are pruned have no energy left and are bought last: nothing is stepped up.
+            kept[choice.layer.name] = np.minimum(kept[choice.layer.name], choice.types)
+        limit -= max(excess(), 0.0)
+    return kept
 
 
 def _options(

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress.admm import ADMM, Residual
+from compress.admm import ADMM, Residual, project_to_types
 from compress.layers import CompressedLayer
 from compress.permute import Permutation, permute_channels
 from compress.retrain import MaskedRetraining
@@ -28,12 +28,16 @@ from compress.run_state import (
     write_run,
 )
 from hwsim.errors import InputError, Problem
+from hwsim.layer import PRUNED, UNIFIED
 
 __all__ = ["Batches", "CompressionResult", "Progress", "Recipe", "compress"]
 
 _log = logging.getLogger(__name__)
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+AdjustTypes = Callable[[nn.Module, Plan, Mapping[str, Tensor]], dict[str, Tensor]]
+"""``adjust(model, plan, types)`` gives the types that are retrained; none of them above the one that came in."""
 
 
 class Batches(Protocol):
@@ -195,6 +199,7 @@ def compress(
     evaluate: Callable[[nn.Module], float] | None = None,
     progress: Callable[[Progress], None] | None = None,
     checkpoint: str | Path | None = None,
+    adjust: AdjustTypes | None = None,
 ) -> CompressionResult:
     """Compress a trained network in place: ADMM, projection for good, masked retraining, integers.
 
@@ -218,6 +223,9 @@ def compress(
         A folder. The state of the run is written there after every epoch; called again with the same arguments, a run that
         was stopped goes on from there, and ends bit for bit like one that was not. The order of the data is restored where
         it comes from torch's global generator or from the ``generator`` of a DataLoader.
+    adjust : callable, optional
+        Called with the projected network, the plan and the types; gives the types that are retrained, such as
+        `compress.allocate.keep_within` does.
 
     Raises
     ------
@@ -256,10 +264,11 @@ def compress(
             if "dense" not in keeper.accuracies:
                 keeper.accuracies["dense"] = _evaluate(model, evaluate)
             admm = _run_admm(trainer, plan, recipe, keeper)
-            types = keeper.types() or admm.finalize()
+            types = keeper.types() or _final_types(admm, adjust)
+            plan = plan.with_counts({name: _counts(codes) for name, codes in types.items()})
             if "projected" not in keeper.accuracies:
                 keeper.accuracies["projected"] = _evaluate(model, evaluate)
-            layers = _retrain(trainer, admm, types, recipe, keeper)
+            layers = _retrain(trainer, plan, admm, types, recipe, keeper)
             accuracy_retrained = _evaluate(model, evaluate)
         finally:
             model.train(was_training)
@@ -472,11 +481,28 @@ def _run_admm(trainer: _Trainer, plan: Plan, recipe: Recipe, keeper: _Keeper) ->
     return admm
 
 
+def _final_types(admm: ADMM, adjust: AdjustTypes | None) -> dict[str, Tensor]:
+    """The types of ADMM's last projection, adjusted, with the weights to match."""
+    types = admm.finalize()
+    if adjust is None:
+        return types
+    adjusted = adjust(admm.model, admm.plan, types)
+    for layer in admm.plan.layers:
+        codes = adjusted[layer.name]
+        if not torch.equal(codes, types[layer.name]):
+            project_to_types(layer, codes)
+    return adjusted
+
+
+def _counts(types: Tensor) -> tuple[int, int]:
+    return int((types == PRUNED).sum()), int((types == UNIFIED).sum())
+
+
 def _retrain(
-    trainer: _Trainer, admm: ADMM, types: dict[str, Tensor], recipe: Recipe, keeper: _Keeper
+    trainer: _Trainer, plan: Plan, admm: ADMM, types: dict[str, Tensor], recipe: Recipe, keeper: _Keeper
 ) -> dict[str, CompressedLayer]:
     total = recipe.epochs_retrain * len(trainer.batches)
-    with MaskedRetraining(trainer.model, admm.plan, types) as retraining:
+    with MaskedRetraining(trainer.model, plan, types) as retraining:
         optimizer = torch.optim.Adam(trainer.model.parameters(), lr=recipe.lr_retrain)
         if keeper.in_phase("retrain"):
             keeper.restore(trainer.model, optimizer)

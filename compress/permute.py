@@ -6,7 +6,8 @@ residual addition), reach the output of the network, or pass something that mixe
 is given.
 
 Source: gathering by permutation: Ji et al., "TETRIS: TilE-matching the TRemendous Irregular Sparsity", NeurIPS 2018; by swaps:
-Pool, Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021. The cost of a swap is derived here for blocks.
+Pool, Yu, "Channel Permutations for N:M Sparsity", NeurIPS 2021. What a channel is worth at a place is derived here for blocks
+of the three types.
 """
 
 from __future__ import annotations
@@ -24,16 +25,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.blocks import weight_to_matrix
+from compress.blocks import real_entries, weight_to_matrix
 from compress.projection import assign_types, layer_costs
 from compress.rules import Plan, PlannedLayer, Untreated
 from compress.shapes import evaluation_mode
-from hwsim.layer import PRUNED, UNIFIED
+from hwsim.layer import DENSE, PRUNED, UNIFIED
 
 __all__ = ["Chain", "Permutation", "PermutedLayer", "find_chains", "permute_channels"]
 
 _ROUNDS = 20
-"""Most times that the blocks to prune are chosen anew; each round costs less than the one before, few are needed."""
+"""Most times that the types are chosen anew; each round loses less than the one before, few are needed."""
+
+_POLISH_ENTRIES = 1 << 20
+"""Block sums that are looked at in swaps by their true loss: thousands of swaps for a small layer, some for a large one."""
+
+_RANDOM_STARTS, _RANDOM_CHANNELS = 6, 512
+"""Random orders that swaps start from, too, and the most channels of a layer for which they are tried."""
 
 
 @dataclass(frozen=True)
@@ -338,68 +345,101 @@ def _layer_cost(layer: PlannedLayer) -> float:
 
 @dataclass(eq=False)
 class _View:
-    """What one layer of a chain pays for its pruned blocks, as a function of where each channel stands.
+    """What one layer of a chain loses to its projection, as a function of where each channel stands.
 
     Attributes
     ----------
-    energy : float64 array ``[channels, lines, strips]``
-        Energy of channel ``c`` in strip ``s`` of the blocks across it; ``lines`` are the places of one channel along the
-        blocked dimension (kernel taps, or features of a channel).
+    energy, size : float64 array ``[channels, lines, strips]``
+        ``Σ w²`` and ``Σ |w|`` of channel ``c`` in strip ``s`` of the blocks across it, as shares of the layer's energy and of
+        its root; ``lines`` are the places of one channel along the blocked dimension (kernel taps, or features of a channel).
     block_of : int64 array ``[channels, lines]``
         The block in which a channel at that place lies.
-    blocks : int
-    pruned : int
-        How many blocks of all are pruned.
+    entries : int64 array ``[blocks, strips]``
+        Real weights of every block.
+    layer : PlannedLayer
+        Says how many blocks take which type.
     """
 
     energy: NDArray[np.float64]
+    size: NDArray[np.float64]
     block_of: NDArray[np.int64]
-    blocks: int
-    pruned: int
+    entries: NDArray[np.int64]
+    layer: PlannedLayer
 
-    def pruned_blocks(self, order: NDArray[np.int64]) -> NDArray[np.float64]:
-        """``[strips, blocks]``: 1 where a block is among the cheapest ones, with the channels in this order."""
-        strips = self.energy.shape[2]
-        sums = np.zeros((self.blocks, strips))
-        np.add.at(sums, self.block_of.ravel(), self.energy[order].reshape(-1, strips))
-        flat = sums.T.ravel()
-        mask = np.zeros(flat.size)
-        mask[np.argsort(flat, kind="stable")[: self.pruned]] = 1
-        return mask.reshape(strips, self.blocks)
+    def loss(self, order: NDArray[np.int64]) -> tuple[float, NDArray[np.float64]]:
+        """What projecting loses with the channels in this order, and ``[channels, places]``: what a channel is worth there.
 
-    def place_costs(self, mask: NDArray[np.float64]) -> NDArray[np.float64]:
-        """``[channels, places]``: pruned energy of each channel at each place."""
-        channels = len(self.energy)
-        at_place = mask[:, self.block_of]  # [strips, places, lines]
-        return self.energy.reshape(channels, -1) @ at_place.transpose(2, 0, 1).reshape(-1, channels)
+        A dense block keeps its ``Σ w²``, a unified one ``(Σ |w|)²/n``. The worth is the tangent of what is kept, which is
+        convex in the sums of the blocks: an order that is worth more keeps more, by at least the difference.
+        """
+        energy, size = (self._sums(values[order]) for values in (self.energy, self.size))
+        unify = np.maximum(energy - size**2 / self.entries, 0)
+        types = assign_types(energy, unify, *self.layer.counts, self.layer.settings.projection)
+        loss = float(energy[types == PRUNED].sum() + unify[types == UNIFIED].sum())
+        tangents = (types == DENSE) * 1.0, (types == UNIFIED) * 2 * size / self.entries
+        worth = sum(
+            values.reshape(len(values), -1) @ tangent[self.block_of].reshape(len(values), -1).T
+            for values, tangent in zip((self.energy, self.size), tangents, strict=True)
+        )
+        return loss, np.asarray(worth)
+
+    def _sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``[blocks, strips]``: sums over the channels and lines of every block."""
+        sums = np.zeros(self.entries.shape)
+        np.add.at(sums, self.block_of.ravel(), values.reshape(-1, values.shape[2]))
+        return sums
 
 
 def _best_order(chain: Chain) -> NDArray[np.int64]:
-    """The better of two local optima: swaps from the order as it is, and from channels sorted by their energy."""
+    """The best of several local optima: swaps from the order as it is, from channels sorted by their energy, and from random
+    orders.
+    """
     views = [_output_view(chain.producer), *(_input_view(reader) for reader in chain.readers)]
-    energy = sum(view.energy.sum(axis=(1, 2)) for view in views)
-    starts = (np.arange(len(energy)), np.argsort(energy, kind="stable"))
-    found = [_improve(views, start) for start in starts]
-    return min(found, key=lambda pair: pair[0])[1]
+    energy = np.asarray(sum(view.energy.sum(axis=(1, 2)) for view in views))
+    starts = [np.arange(energy.size), np.argsort(energy, kind="stable")]
+    if energy.size <= _RANDOM_CHANNELS:
+        rng = np.random.default_rng(0)
+        starts += [rng.permutation(energy.size) for _ in range(_RANDOM_STARTS)]
+    loss, order = min((_improve(views, start) for start in starts), key=lambda found: found[0])
+    return _polish(views, loss, order)
+
+
+def _polish(views: list[_View], loss: float, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Single swaps by their true loss, which may change types on the way; as many as a fixed effort allows."""
+    order = order.copy()
+    trials = _POLISH_ENTRIES // max(1, sum(view.energy.size for view in views))
+    pairs = np.stack(np.triu_indices(order.size, 1), axis=1)
+    pairs = np.random.default_rng(0).permutation(pairs)[:trials]
+    improved = True
+    while improved and trials > 0:
+        improved = False
+        trials -= len(pairs)
+        for a, b in pairs:
+            order[[a, b]] = order[[b, a]]
+            found = sum(view.loss(order)[0] for view in views)
+            if found < loss * (1 - 1e-9):
+                loss, improved = found, True
+            else:
+                order[[a, b]] = order[[b, a]]
+    return order
 
 
 def _improve(views: list[_View], order: NDArray[np.int64]) -> tuple[float, NDArray[np.int64]]:
-    """Choose the blocks to prune, then swap channels until no swap pays, and so on: the pruned energy only falls."""
-    cost = np.inf
+    """Swap channels by what they are worth, choose the types anew, and so on: the loss of projecting never grows."""
+    best = np.inf
     for _ in range(_ROUNDS):
-        at = sum(view.place_costs(view.pruned_blocks(order)) for view in views)
-        swapped = _swap(np.asarray(at), order)
-        reached = float(np.asarray(at)[swapped, np.arange(len(order))].sum())
-        if reached >= cost * (1 - 1e-9):
+        losses, worths = zip(*(view.loss(order) for view in views), strict=True)
+        if sum(losses) >= best * (1 - 1e-9):
             break
-        cost, order = reached, swapped
-    return cost, order
+        best, found = sum(losses), order
+        order = _swap(-np.sum(worths, axis=0), order)
+    return best, found
 
 
 def _swap(at: NDArray[np.float64], order: NDArray[np.int64]) -> NDArray[np.int64]:
     """Swap pairs of channels, best pairs first, until none pays. ``at``: cost of each channel at each place."""
     order = order.copy()
-    tiny = 1e-12 * max(float(at.max()), np.finfo(np.float64).tiny)
+    tiny = 1e-12 * max(float(np.abs(at).max()), np.finfo(np.float64).tiny)
     while True:
         here = at[order]
         own = np.diag(here)
@@ -415,29 +455,34 @@ def _swap(at: NDArray[np.float64], order: NDArray[np.int64]) -> NDArray[np.int64
                 used[a] = used[b] = True
 
 
-def _energy(layer: PlannedLayer) -> NDArray[np.float64]:
-    """``[m, k]``: squared weights as shares of their sum."""
+def _sizes(layer: PlannedLayer) -> NDArray[np.float64]:
+    """``[m, k]``: absolute weights, divided by the root of the layer's energy."""
     weight = layer.module.get_parameter("weight").detach()
-    matrix = weight_to_matrix(weight, layer.groups, layer.settings.column_order)[0]
-    squares: NDArray[np.float64] = matrix.cpu().double().square().numpy()
-    return squares / max(squares.sum(), np.finfo(np.float64).tiny)
+    sizes: NDArray[np.float64] = (
+        weight_to_matrix(weight, layer.groups, layer.settings.column_order)[0].cpu().double().abs().numpy()
+    )
+    return sizes / max(float(np.sqrt((sizes**2).sum())), np.finfo(np.float64).tiny)
 
 
 def _output_view(layer: PlannedLayer) -> _View:
     """Channels are rows: blocks of ``g_o`` rows, strips of ``g_k`` columns."""
     g_o, g_k = layer.settings.block
-    strips = np.add.reduceat(_energy(layer), np.arange(0, layer.k, g_k), axis=1)
-    blocks = layer.types_shape[1]
-    return _View(strips[:, None, :], np.arange(layer.m)[:, None] // g_o, blocks, layer.counts[0])
+    starts, sizes = np.arange(0, layer.k, g_k), _sizes(layer)
+    energy, size = (np.add.reduceat(values, starts, axis=1)[:, None, :] for values in (sizes**2, sizes))
+    entries = real_entries(layer.m, layer.k, layer.settings.block).numpy()
+    return _View(energy, size, np.arange(layer.m)[:, None] // g_o, entries, layer)
 
 
 def _input_view(reader: Reader) -> _View:
     """Channels are groups of columns: blocks of ``g_k`` columns, strips of ``g_o`` rows."""
     layer = reader.layer
     g_o, g_k = layer.settings.block
-    strips = np.add.reduceat(_energy(layer), np.arange(0, layer.m, g_o), axis=0)
-    columns = _columns(reader)
-    return _View(strips[:, columns].transpose(1, 2, 0), columns // g_k, layer.types_shape[2], layer.counts[0])
+    starts, sizes, columns = np.arange(0, layer.m, g_o), _sizes(layer), _columns(reader)
+    energy, size = (
+        np.add.reduceat(values, starts, axis=0)[:, columns].transpose(1, 2, 0) for values in (sizes**2, sizes)
+    )
+    entries = real_entries(layer.m, layer.k, layer.settings.block).numpy().T
+    return _View(energy, size, columns // g_k, entries, layer)
 
 
 def _columns(reader: Reader) -> NDArray[np.int64]:

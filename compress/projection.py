@@ -37,6 +37,7 @@ __all__ = [
     "assign_types",
     "assign_types_by_row",
     "block_costs",
+    "block_values",
     "layer_costs",
     "project",
     "project_to_counts",
@@ -495,7 +496,7 @@ def project_to_counts(
             dtype=np.float64
         )
         types = torch.from_numpy(codes).to(matrix.device)
-        values = _values(matrix, types, costs.magnitude.to(matrix.dtype), block)
+        values = block_values(matrix, types, costs.magnitude.to(matrix.dtype), block)
         return Projection(matrix_to_weight(values, tuple(weight.shape), column_order), types, float(total))
 
 
@@ -538,7 +539,7 @@ def _finite_costs(matrix: Tensor, block: tuple[int, int], curvature: Tensor | No
     return block_costs(matrix.double(), block, None if curvature is None else curvature.double())
 
 
-def _values(matrix: Tensor, types: Tensor, magnitude: Tensor, block: tuple[int, int]) -> Tensor:
+def block_values(matrix: Tensor, types: Tensor, magnitude: Tensor, block: tuple[int, int]) -> Tensor:
     """The projected matrix: 0, sign(w) · magnitude with sign(0) = +1, or w itself."""
     k = matrix.shape[2]
     shared = magnitude * (types == UNIFIED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from compress import zoo
-from compress.allocate import AllocationMethod, allocate, budget_spent
+from compress.allocate import AllocationMethod, allocate, budget_spent, keep_within
 from compress.artifact import Artifact, DatasetNote
 from compress.budget import Budget, as_budget
 from compress.data import Dataset, balanced_subset
@@ -104,6 +105,7 @@ def compress_checkpoint(
             evaluate=accuracy,
             progress=progress,
             checkpoint=resume_from,
+            adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
         )
     integer_model = quantize_activations(
         model,
@@ -113,15 +115,14 @@ def compress_checkpoint(
         accumulator_bits=accumulator_bits,
     )
     outside = [f"{item.name} runs outside the array: {item.reason}" for item in result.plan.untreated]
-    spent, over = _spending(wanted, model, result, data.input_shape)
     results = {
         "accuracy_dense": result.accuracy_dense,
         "accuracy_projected": result.accuracy_projected,
         "accuracy_retrained": result.accuracy_retrained,
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
-        "warnings": [*result.warnings, *over, *integer_model.notes, *outside],
-        **spent,
+        "warnings": [*result.warnings, *integer_model.notes, *outside],
+        **_spending(wanted, model, result, data.input_shape),
     }
     how = {
         "config": config.model_dump(mode="json"),
@@ -146,23 +147,28 @@ def compress_checkpoint(
     )
 
 
+def _keep_within(
+    budget: Budget,
+    input_shape: tuple[int, ...],
+    model: nn.Module,
+    plan: Plan,
+    types: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    kept = keep_within(
+        budget, model, plan, {name: codes.cpu().numpy() for name, codes in types.items()}, input_shape
+    )
+    return {name: torch.from_numpy(codes) for name, codes in kept.items()}
+
+
 def _spending(
     budget: Budget | None, model: nn.Module, result: CompressionResult, input_shape: tuple[int, ...]
-) -> tuple[dict[str, Any], list[str]]:
-    """What the final block types cost in the budget, and a warning where it is more than was allowed."""
+) -> dict[str, Any]:
+    """What the final block types cost in the budget."""
     if budget is None:
-        return {}, []
+        return {}
     types = {name: layer.types for name, layer in result.layers.items()}
     reached = budget_spent(budget, model, result.plan, types, input_shape)
-    spent = {"quantity": budget.quantity, "limit": budget.limit, "reached": reached}
-    if reached <= budget.limit:
-        return {"budget": spent}, []
-    share = reached / budget.limit - 1
-    warning = (
-        f"{budget.quantity}: {reached:,.10g} after training, {share:.2%} above the budget of {budget.limit:,.10g}: the "
-        f"counts are the plan's, but training moved the blocks; ask for {budget.limit / (1 + share):,.6g}, or balance the rows"
-    )
-    return {"budget": spent}, [warning]
+    return {"budget": {"quantity": budget.quantity, "limit": budget.limit, "reached": reached}}
 
 
 def make_artifact(

@@ -9,8 +9,8 @@ import html
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -290,6 +290,12 @@ class PlannedLayer:
         """``(groups, Mb, Kb)``."""
         return types_shape(self.weight_shape, self.groups, self.settings.block)
 
+    def with_counts(self, pruned: int, unified: int) -> PlannedLayer:
+        """The same layer with other counts; its ratios become what they are."""
+        blocks = math.prod(self.types_shape)
+        ratios = {"pruned": pruned / blocks, "unified": unified / blocks}
+        return replace(self, counts=(pruned, unified), settings=self.settings.model_copy(update=ratios))
+
 
 def types_shape(weight_shape: tuple[int, ...], groups: int, block: tuple[int, int]) -> tuple[int, int, int]:
     """``(groups, Mb, Kb)`` of a weight cut into blocks.
@@ -387,6 +393,11 @@ class Plan:
     untreated: tuple[Untreated, ...]
     config: CompressionConfig
     allocation: Allocation | None = None
+
+    def with_counts(self, counts: Mapping[str, tuple[int, int]]) -> Plan:
+        """The same plan with other ``(P, U)`` for some layers, whose ratios become what these counts are."""
+        layers = tuple(layer.with_counts(*counts.get(layer.name, layer.counts)) for layer in self.layers)
+        return replace(self, layers=layers)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per layer as JSON values: block shape, blocks, how many of each type, share of the weights' blocks kept."""
