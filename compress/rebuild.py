@@ -69,7 +69,8 @@ def compress_checkpoint(
     Artifact
         ``results`` holds ``accuracy_dense``, ``accuracy_projected``, ``accuracy_retrained`` (float, quantised weights),
         ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``; with a budget
-        ``budget``: its quantity, limit, and what the final block types cost. ``recipe`` holds the plan, layer by layer.
+        ``budget``: its quantity, limit, and what the final block types cost. ``recipe`` holds the plan, layer by layer, where
+        blocks were dealt out, and what was permuted.
 
     Raises
     ------
@@ -124,10 +125,11 @@ def compress_checkpoint(
         "warnings": [*result.warnings, *integer_model.notes, *outside],
         **_spending(wanted, model, result, data.input_shape),
     }
+    asked = [layer.settings.permute_channels for layer in result.plan.layers]
     how = {
         "config": config.model_dump(mode="json"),
-        "plan": result.plan.to_dict(),
-        "permutation": result.permutation.to_dict(),
+        **({"plan": result.plan.to_dict()} if result.plan.allocation is not None else {}),
+        **({"permutation": result.permutation.to_dict()} if any(asked) else {}),
         "training": recipe.model_dump(mode="json"),
         "train_images": len(data.train_labels),
         "calibration_images": len(chosen),

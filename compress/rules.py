@@ -419,9 +419,16 @@ class Plan:
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values, as an artifact keeps it."""
+        """The plan as JSON values of six digits, as an artifact keeps it."""
         chosen = None if self.allocation is None else self.allocation.summary
-        return {"allocation": chosen, "layers": self.rows()}
+        rows = [
+            {
+                name: float(f"{value:.6g}") if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+            for row in self.rows()
+        ]
+        return {"allocation": chosen, "layers": rows}
 
     def __str__(self) -> str:
         table = format_table(self.rows())
