@@ -252,7 +252,7 @@ def compress(
     recipe = recipe or Recipe()
     plan = config if isinstance(config, Plan) else plan_layers(model, config)
     batches = _batches(train_data, recipe)
-    device = next(model.parameters()).device
+    device = _device(model)
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
@@ -285,6 +285,10 @@ def compress(
     )
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def _teacher(model: nn.Module, recipe: Recipe) -> _Teacher | None:
     if not recipe.distill:
         return None
@@ -295,9 +299,11 @@ def _teacher(model: nn.Module, recipe: Recipe) -> _Teacher | None:
 def _permute(model: nn.Module, plan: Plan, batches: Batches, device: torch.device) -> Permutation:
     if not any(layer.settings.permute_channels for layer in plan.layers):
         return Permutation((), ())
-    state = _random_state(batches)
+    state = _random_state(batches, device)
     inputs, _ = next(iter(batches))
-    _set_random_state(batches, state)  # the look at one batch must not change the order of the training
+    _set_random_state(
+        batches, device, state
+    )  # the look at one batch must not change the order of the training
     return permute_channels(model, plan, inputs.to(device))
 
 
@@ -332,15 +338,14 @@ class _Keeper:
             "data": digest(tensors) if tensors else "",
             "batches": len(batches),
             "torch": torch.__version__,
+            "device": _device(model).type,
         }
         found = read_run(folder, identity)
         return cls(Path(folder), identity, batches, found, dict(found.accuracies) if found else {})
 
     def epochs_done(self, phase: str) -> int:
-        """Epochs of a phase that need not be run again; all of them where the run had gone beyond the phase."""
-        if self.found is None or (self.found.phase == "admm" and phase == "retrain"):
-            return 0
-        return self.found.epoch
+        """Epochs of a phase that need not be run again, where the run was stopped in it."""
+        return self.found.epoch if self.found is not None and self.found.phase == phase else 0
 
     def in_phase(self, phase: str) -> bool:
         """Whether the run was stopped in this phase."""
@@ -356,7 +361,7 @@ class _Keeper:
             return
         restore_model(model, self.found.model)
         restore_optimizer(optimizer, self.found.optimizer)
-        _set_random_state(self.batches, self.found.random)
+        _set_random_state(self.batches, _device(model), self.found.random)
 
     def save(
         self,
@@ -378,7 +383,7 @@ class _Keeper:
             optimizer_tensors(optimizer),
             admm.state_dict(),
             types or {},
-            _random_state(self.batches),
+            _random_state(self.batches, _device(model)),
         )
         write_run(self.folder, self.identity, state)
 
@@ -388,23 +393,23 @@ def _identity(layer: PlannedLayer) -> dict[str, Any]:
     return {"counts": list(layer.counts), **settings}
 
 
-def _random_state(batches: Batches) -> dict[str, Tensor]:
+def _random_state(batches: Batches, device: torch.device) -> dict[str, Tensor]:
     """The generators that decide dropout and the order of the data: torch's own, and that of a loader."""
     state = {"torch": torch.get_rng_state()}
     generator = getattr(batches, "generator", None)
     if isinstance(generator, torch.Generator):
         state["data"] = generator.get_state()
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_random_state(batches: Batches, state: Mapping[str, Tensor]) -> None:
+def _set_random_state(batches: Batches, device: torch.device, state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "data" in state:
         batches.generator.set_state(state["data"])  # type: ignore[attr-defined]
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _batches(train_data: Batches | tuple[Tensor, Tensor], recipe: Recipe) -> Batches:

@@ -197,13 +197,13 @@ def solver_optimum(options, cost, limit):
     return result.fun if result.success else None
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_budget_is_spent_nearly_as_well_as_a_solver_does(seed):
     """The solver's optimum is never beaten, and with one dense block less to spend it is hardly ever missed."""
     options, cost = small_instance(seed)
     dearest = sum(cost(option.layer, np.full(option.prune.shape, DENSE, np.uint8)) for option in options)
     gaps = []
-    for limit in np.arange(24, dearest + 1, 3.0):
+    for limit in np.arange(24, dearest + 1, 5.0):
         choices = least_damage([[option] for option in options], cost, 0.0, limit, "test")
         spent = sum(choice.cost for choice in choices)
         damage = sum(choice.damage for choice in choices)
