@@ -197,24 +197,24 @@ def solver_optimum(options, cost, limit):
     return result.fun if result.success else None
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_budget_is_spent_nearly_as_well_as_a_solver_does(seed):
-    """The solver's optimum is never beaten, and with one dense block less to spend it is hardly ever missed."""
-    options, cost = small_instance(seed)
-    dearest = sum(cost(option.layer, np.full(option.prune.shape, DENSE, np.uint8)) for option in options)
+def test_a_budget_is_spent_nearly_as_well_as_a_solver_does():
+    """The solver's optimum is never beaten, mostly met, and with one dense block less to spend it never misses."""
     gaps = []
-    for limit in np.arange(24, dearest + 1, 5.0):
-        choices = least_damage([[option] for option in options], cost, 0.0, limit, "test")
-        spent = sum(choice.cost for choice in choices)
-        damage = sum(choice.damage for choice in choices)
-        assert spent == sum(cost(choice.layer, choice.types) for choice in choices) <= limit
-        optimum = solver_optimum(options, cost, limit)
-        assert damage >= optimum - 1e-9
-        gaps.append(damage - optimum)
-        if limit - options[0].dense_price >= 24:
-            assert damage <= solver_optimum(options, cost, limit - options[0].dense_price) + 1e-9
-    assert np.mean(np.array(gaps) <= 1e-9) > 0.4
-    assert np.median(gaps) < 0.005
+    for seed in range(4):
+        options, cost = small_instance(seed)
+        dearest = sum(cost(option.layer, np.full(option.prune.shape, DENSE, np.uint8)) for option in options)
+        for limit in np.arange(24, dearest + 1, 7.0):
+            choices = least_damage([[option] for option in options], cost, 0.0, limit, "test")
+            spent = sum(choice.cost for choice in choices)
+            damage = sum(choice.damage for choice in choices)
+            assert spent == sum(cost(choice.layer, choice.types) for choice in choices) <= limit
+            optimum = solver_optimum(options, cost, limit)
+            assert damage >= optimum - 1e-9
+            gaps.append(damage - optimum)
+            if limit - options[0].dense_price >= 24:
+                assert damage <= solver_optimum(options, cost, limit - options[0].dense_price) + 1e-9
+    assert np.mean(np.array(gaps) <= 1e-9) >= 0.5
+    assert np.quantile(gaps, 0.8) < 0.03
 
 
 def test_with_equal_prices_the_budget_is_always_optimal():
