@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.projection import Projection, project
+from compress.blocks import matrix_to_weight, weight_to_matrix
+from compress.projection import Projection, block_costs, block_values, project_to_counts
 from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.layer import DENSE
 
-__all__ = ["ADMM", "Residual", "project_layer"]
+__all__ = ["ADMM", "Residual", "project_layer", "project_to_types", "ramp_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -109,11 +110,15 @@ class ADMM:
         Factor per update; the scaled dual shrinks by the same factor.
     rho_max : float
         Ceiling of the growth.
+    ramp_updates : int
+        Progressive ratios: the counts of pruned and of unified blocks grow over so many updates to their full number, fast
+        at first (`ramp_share`). 0: full counts from the start.
     curvature : mapping from layer name to Tensor of the weight's shape, optional
         A diagonal ``h ≥ 0``; penalty and projection of that layer then use the norm ``Σ h·x²``.
 
     Attributes
     ----------
+    model : nn.Module
     plan : Plan
     residuals : list of Residual
         One per layer and update.
@@ -148,18 +153,24 @@ class ADMM:
         rho: float | Mapping[str, float] = 3e-2,
         rho_growth: float = 1.3,
         rho_max: float = 1.0,
+        ramp_updates: int = 0,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.model = model
         self.plan = config if isinstance(config, Plan) else plan_layers(model, config)
         compressed = [layer for layer in self.plan.layers if sum(layer.counts)]
         rhos = dict(rho) if isinstance(rho, Mapping) else {layer.name: float(rho) for layer in compressed}
         curvature = dict(curvature or {})
-        _check_settings(compressed, rhos, rho_growth, rho_max, curvature)
+        _check_settings(self.plan, compressed, rhos, rho_growth, rho_max, ramp_updates, curvature)
         self.rho_growth = rho_growth
         self.rho_max = rho_max
+        self.ramp_updates = ramp_updates
         self.updates = 0
         self.residuals: list[Residual] = []
-        self._states = [_start(layer, rhos[layer.name], curvature.get(layer.name)) for layer in compressed]
+        self._states = [
+            _start(layer, rhos[layer.name], curvature.get(layer.name), ramp_share(0, ramp_updates))
+            for layer in compressed
+        ]
 
     @property
     def rho(self) -> dict[str, float]:
@@ -195,8 +206,10 @@ class ADMM:
         return latest
 
     def _update(self, state: _State) -> Residual:
-        weight = state.weight.detach()
-        projection = project_layer(state.layer, weight + state.dual, state.curvature)
+        # One layout in memory for all ADMM variables, whatever the weight's: a resumed run adds in the same order.
+        weight = state.weight.detach().contiguous()
+        share = ramp_share(self.updates, self.ramp_updates)
+        projection = project_layer(state.layer, weight + state.dual, state.curvature, share)
         size = max(float(torch.linalg.vector_norm(weight)), torch.finfo(weight.dtype).tiny)
         moved = float(torch.linalg.vector_norm(projection.weight - state.target))
         gap = weight - projection.weight
@@ -225,10 +238,20 @@ class ADMM:
             Largest primal residual that passes.
         type_tolerance : float
             Largest share of block types that may still have changed at the last update.
+
+        Notes
+        -----
+        A residual or a share equal to its tolerance passes. The projection takes ``primal²`` of a layer's energy away: 1 %
+        at the default tolerance.
         """
         if self._states and not self.updates:
             return ["admm.step() was never called: the projection is one-shot, from unprepared weights"]
         lines = []
+        if self._states and self.updates < self.ramp_updates:
+            lines.append(
+                f"only {self.updates} of the {self.ramp_updates} updates over which the ratios grow were made: the projection "
+                "goes beyond what was trained for; lower ramp_updates, or train for more updates"
+            )
         for last in self.residuals[len(self.residuals) - len(self._states) :]:
             if last.primal > tolerance:
                 lines.append(
@@ -322,25 +345,61 @@ _STATE_TENSORS = ("target", "dual", "types")
 _RESIDUAL_NUMBERS = 6
 
 
-def project_layer(layer: PlannedLayer, weight: Tensor, curvature: Tensor | None = None) -> Projection:
-    """The projection of a weight by the settings of its layer; see `compress.projection.project`."""
+def ramp_share(update: int, ramp_updates: int) -> float:
+    """Share of the full counts at an update: ``1 − (1 − (update + 1)/(ramp_updates + 1))³``, from 0 to ``ramp_updates``.
+
+    Source: the cubic schedule of Zhu, Gupta, "To prune, or not to prune", arXiv 1710.01878 (2017), counted so that the
+    start (update 0) already pulls somewhere.
+
+    Examples
+    --------
+    >>> [round(ramp_share(update, 3), 3) for update in (0, 1, 2, 3, 4)]
+    [0.578, 0.875, 0.984, 1.0, 1.0]
+    """
+    return 1.0 if update >= ramp_updates else 1 - (1 - (update + 1) / (ramp_updates + 1)) ** 3
+
+
+def project_layer(
+    layer: PlannedLayer, weight: Tensor, curvature: Tensor | None = None, share: float = 1.0
+) -> Projection:
+    """The projection of a weight by the plan of its layer; see `compress.projection.project_to_counts`.
+
+    Parameters
+    ----------
+    layer : PlannedLayer
+    weight : Tensor of the layer's weight shape
+    curvature : Tensor of that shape, optional
+    share : float
+        Of the counts of pruned and unified blocks; rounded down, with balanced rows per row.
+    """
     settings = layer.settings
-    return project(
+    rows = layer.types_shape[0] * layer.types_shape[1] if settings.balanced_rows else 1
+    return project_to_counts(
         weight,
         settings.block,
-        settings.pruned,
-        settings.unified,
+        *(rows * math.floor(share * (count // rows)) for count in layer.counts),
         groups=layer.groups,
         column_order=settings.column_order,
         method=settings.projection,
+        balanced_rows=settings.balanced_rows,
         curvature=curvature,
         name=layer.name,
     )
 
 
-def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None) -> _State:
+@torch.no_grad()
+def project_to_types(layer: PlannedLayer, types: Tensor) -> None:
+    """Bring a layer's weight, in place, to the nearest one with these very types ``[groups, Mb, Kb]``."""
+    settings, weight = layer.settings, layer.module.get_parameter("weight")
+    matrix = weight_to_matrix(weight, layer.groups, settings.column_order)
+    magnitude = block_costs(matrix, settings.block).magnitude.to(matrix)
+    values = block_values(matrix, types.to(weight.device), magnitude, settings.block)
+    weight.copy_(matrix_to_weight(values, layer.weight_shape, settings.column_order))
+
+
+def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: float) -> _State:
     weight = layer.module.get_parameter("weight")
-    projection = project_layer(layer, weight, curvature)
+    projection = project_layer(layer, weight, curvature, share)
     target = projection.weight
     if curvature is not None:
         curvature = curvature.detach().to(weight)
@@ -348,18 +407,22 @@ def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None) -> _State:
 
 
 def _check_settings(
+    plan: Plan,
     layers: list[PlannedLayer],
     rhos: dict[str, float],
     rho_growth: float,
     rho_max: float,
+    ramp_updates: int,
     curvature: dict[str, Tensor],
 ) -> None:
     shapes = {layer.name: layer.weight_shape for layer in layers}
+    # An allocation may leave a layer whole; its curvature does no harm.
+    known = {layer.name: layer.weight_shape for layer in plan.layers}
     problems = [
-        Problem(f"{field}.{name}", "no such compressed layer", nearest_name(name, shapes))
-        for field, given in (("rho", rhos), ("curvature", curvature))
+        Problem(f"{field}.{name}", "no such compressed layer", nearest_name(name, names))
+        for field, given, names in (("rho", rhos, shapes), ("curvature", curvature, known))
         for name in given
-        if name not in shapes
+        if name not in names
     ]
     problems += [
         Problem(f"rho.{name}", "missing", "every compressed layer needs one")
@@ -375,10 +438,12 @@ def _check_settings(
         problems.append(Problem("rho_growth", f"{rho_growth}, must be at least 1 and finite"))
     if not 0 < rho_max < math.inf:
         problems.append(Problem("rho_max", f"{rho_max}, must be positive and finite"))
+    if ramp_updates < 0:
+        problems.append(Problem("ramp_updates", f"{ramp_updates}, must not be negative"))
     problems += [
-        Problem(f"curvature.{name}", f"shape {tuple(h.shape)}, the weight has {shapes[name]}")
+        Problem(f"curvature.{name}", f"shape {tuple(h.shape)}, the weight has {known[name]}")
         for name, h in curvature.items()
-        if name in shapes and tuple(h.shape) != shapes[name]
+        if name in known and tuple(h.shape) != known[name]
     ]
     if problems:
         raise InputError("ADMM", problems)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from compress.allocate import AllocationMethod
     from compress.data import Dataset
     from compress.fit import Progress
     from compress.rules import CompressionConfig, Recipe
@@ -81,9 +82,31 @@ def train(
     epilog="Example: hwsim compress lenet5.safetensors --block 4x4 --pruned 0.5 --unified 0.5 --out lenet5.hws.safetensors"
 )
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--block", metavar="ROWSxCOLUMNS", help="Block shape.  [default: 4x4]")
+@click.option(
+    "--block",
+    "blocks",
+    metavar="ROWSxCOLUMNS",
+    multiple=True,
+    help="Block shape; with --budget repeat it, and each layer gets the best.  [default: 4x4]",
+)
 @click.option("--pruned", type=float, help="Share of a layer's blocks that become zero.  [default: 0.5]")
 @click.option("--unified", type=float, help="Share of blocks with one magnitude and signs.  [default: 0.5]")
+@click.option(
+    "--allocation",
+    type=click.Choice(["uniform", "erdos-renyi", "magnitude", "fisher", "hessian"]),
+    help="How the ratios are spread over the layers; with --budget, how blocks are weighed.  [default: uniform; magnitude]",
+)
+@click.option(
+    "--budget",
+    metavar="NAME=LIMIT",
+    help='In place of ratios: "file_bytes=…", "image_bytes=…", "latency_cycles=…", "energy_pj=…"; but for the first with '
+    '",machine=…"  [default machine: msa-16x16]',
+)
+@click.option("--all-layers", is_flag=True, help="Compress the first and the last layer too.")
+@click.option(
+    "--balanced-rows", is_flag=True, help="The same number of blocks of each type in every block row."
+)
+@click.option("--permute-channels", is_flag=True, help="Reorder channels so that small weights share blocks.")
 @click.option("--weight-bits", type=int, help="Bits of a dense weight.  [default: 8]")
 @click.option("--magnitude-bits", type=int, help="Bits of a shared magnitude.  [default: 8]")
 @click.option(
@@ -98,7 +121,23 @@ def train(
 @click.option("--epochs-retrain", type=int, help="Epochs of masked retraining.  [default: 4]")
 @click.option("--lr", type=float, help="Learning rate of Adam in each ADMM update.  [default: 0.001]")
 @click.option("--rho", type=float, help="Penalty of the first ADMM update.  [default: 0.03]")
+@click.option("--rho-growth", type=float, help="Its factor per update.  [default: 1.3]")
+@click.option(
+    "--ramp-updates",
+    type=int,
+    help="ADMM updates over which the ratios grow to their full value.  [default: 0]",
+)
+@click.option(
+    "--distill",
+    type=float,
+    help="Share of the loss that draws to the uncompressed network's outputs.  [default: 0]",
+)
 @click.option("--batch-size", type=int, help="[default: 64]")
+@click.option(
+    "--checkpoint",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the state of the run after every epoch; the same command goes on from there.",
+)
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(
     "--calibration-images", default=512, show_default=True, help="Training images that set activation scales."
@@ -107,10 +146,14 @@ def train(
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default MODEL.hws.safetensors.")
 def compress(
     model: Path,
+    blocks: tuple[str, ...],
+    allocation: AllocationMethod | None,
+    budget: str | None,
     config: Path | None,
     data: str,
     train_images: int | None,
     test_images: int | None,
+    checkpoint: Path | None,
     activation_bits: int,
     calibration_images: int,
     seed: int,
@@ -119,36 +162,52 @@ def compress(
 ) -> None:
     """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers.
 
-    First and last layer stay dense unless a rule of --config says otherwise. The file holds the integers,
+    First and last layer stay dense unless --all-layers or a rule of --config says otherwise. The file holds the integers,
     how they were made, and the accuracy of the float network and of the 8-bit machine.
     """
     import logging
 
     from compress.artifact import check_writable, save_artifact
+    from compress.budget import as_budget
+    from compress.cli_hardware import parse_block
     from compress.rebuild import compress_checkpoint
     from compress.train import load_checkpoint
+    from hwsim.tables import format_table
 
     # The library logs the warnings that are printed at the end; without a handler Python would print them twice.
     logging.getLogger("compress").addHandler(logging.NullHandler())
-    plan, recipe = _settings(config, {**settings, "seed": seed})
-    checkpoint = load_checkpoint(model)
+    wanted = as_budget(budget)
+    shapes = [parse_block(block) for block in blocks]
+    _check_choices(budget, len(shapes), settings)
+    if wanted is not None:
+        settings |= {"pruned": None, "unified": None}
+    plan, recipe = _settings(config, {**settings, "block": shapes[0] if shapes else None, "seed": seed})
+    dense = load_checkpoint(model)
     path = out or model.with_name(f"{model.name.removesuffix('.safetensors')}.hws.safetensors")
     check_writable(path)
+    if checkpoint is not None:
+        check_writable(checkpoint / "state")
     images = load_images(data, train_images, test_images, seed)
     with _progress_bar(recipe.epochs_admm + recipe.epochs_retrain, recipe.epochs_admm) as progress:
         artifact = compress_checkpoint(
-            checkpoint,
+            dense,
             images,
             plan,
             recipe,
+            allocation=allocation,
+            budget=wanted,
+            blocks=shapes if wanted is not None else (),
             activation_bits=activation_bits,
             calibration_images=calibration_images,
             progress=progress,
+            resume_from=checkpoint,
         )
     size_bytes = save_artifact(path, artifact)
     results = artifact.results
     for warning in results["warnings"]:
         click.echo(f"warning: {warning}", err=True)
+    if allocation is not None or wanted is not None:
+        click.echo(format_table(artifact.recipe["plan"]["layers"]))
     weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
     click.echo(f"data      {images.source}")
     click.echo(
@@ -156,25 +215,49 @@ def compress(
         f"retrained {results['accuracy_retrained']:.2%}; "
         f"{activation_bits}-bit integers {results['accuracy_integer']:.2%}"
     )
+    if "budget" in results:
+        spent = results["budget"]
+        click.echo(
+            f"budget    {spent['quantity']} {spent['reached']:,.10g} of {spent['limit']:,.10g} "
+            f"({spent['reached'] / spent['limit']:.2%})"
+        )
     click.echo(
         f"written   {path} ({size_bytes:,} bytes: {8 * size_bytes / weights:.2f} bits per weight, "
         f"{4 * weights / size_bytes:.1f} times smaller than fp32)"
     )
 
 
+def _check_choices(budget: str | None, blocks: int, settings: dict[str, Any]) -> None:
+    """Options that say the same thing twice."""
+    from hwsim.errors import InputError, Problem
+
+    ratios = [name for name in ("pruned", "unified") if settings[name] is not None]
+    problems = []
+    if budget is not None:
+        problems += [
+            Problem(f"--{name}", "a budget decides the ratios itself", "give one of the two")
+            for name in ratios
+        ]
+    elif blocks > 1:
+        problems.append(Problem("--block", "several shapes are chosen from by --budget only", "give one"))
+    if problems:
+        raise InputError("options", problems)
+
+
 def _settings(path: Path | None, options: dict[str, Any]) -> tuple[CompressionConfig, Recipe]:
     """Configuration and recipe from a file and from the options that were given, which win."""
     from pydantic import ValidationError
 
-    from compress.cli_hardware import parse_block
     from compress.rules import Recipe, load_config, parse_config
     from hwsim.errors import InputError
     from hwsim.machine import validation_problems
 
     given = {name: value for name, value in options.items() if value is not None}
     training = {name: given.pop(name) for name in list(given) if name in Recipe.model_fields}
-    if "block" in given:
-        given["block"] = parse_block(given["block"])
+    # A switch that was not given must not win over the file.
+    switches = [name for name in ("balanced_rows", "permute_channels") if given.pop(name)]
+    given |= dict.fromkeys(switches, True)
+    given |= {"exempt_first_last": False} if given.pop("all_layers") else {}
     from_file = load_config(path).model_dump(exclude_unset=True) if path is not None else {}
     try:
         recipe = Recipe.model_validate(training)

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from compress.admm import ADMM, Residual
+from compress.admm import ADMM, Residual, project_to_types
 from compress.layers import CompressedLayer
+from compress.permute import Permutation, permute_channels
 from compress.retrain import MaskedRetraining
-from compress.rules import CompressionConfig, Plan, Recipe, plan_layers
+from compress.rules import CompressionConfig, Plan, PlannedLayer, Recipe, plan_layers
+from compress.run_state import (
+    RunState,
+    digest,
+    optimizer_tensors,
+    read_run,
+    restore_model,
+    restore_optimizer,
+    write_run,
+)
 from hwsim.errors import InputError, Problem
+from hwsim.layer import PRUNED, UNIFIED
 
 __all__ = ["Batches", "CompressionResult", "Progress", "Recipe", "compress"]
 
 _log = logging.getLogger(__name__)
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+AdjustTypes = Callable[[nn.Module, Plan, Mapping[str, Tensor]], dict[str, Tensor]]
+"""``adjust(model, plan, types)`` gives the types that are retrained; none of them above the one that came in."""
 
 
 class Batches(Protocol):
@@ -64,8 +80,9 @@ class CompressionResult:
     layers : dict from layer name to CompressedLayer
     plan : Plan
         Also names what was left untreated, and why.
-    config : CompressionConfig
     recipe : Recipe
+    permutation : Permutation
+        Which channels were reordered, and which could not be, and why.
     residuals : tuple of Residual
         One per compressed layer and ADMM update.
     warnings : tuple of str
@@ -77,8 +94,8 @@ class CompressionResult:
 
     layers: dict[str, CompressedLayer]
     plan: Plan
-    config: CompressionConfig
     recipe: Recipe
+    permutation: Permutation
     residuals: tuple[Residual, ...]
     warnings: tuple[str, ...]
     accuracy_dense: float | None
@@ -92,15 +109,39 @@ class _TensorBatches:
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> None:
         self._tensors = inputs, targets
         self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return -(-len(self._tensors[0]) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         inputs, targets = self._tensors
-        for rows in torch.randperm(len(inputs), generator=self._generator).split(self._batch_size):
+        for rows in torch.randperm(len(inputs), generator=self.generator).split(self._batch_size):
             yield inputs[rows], targets[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class _Teacher:
+    """The uncompressed network, whose outputs the compressed one is drawn to."""
+
+    model: nn.Module
+    share: float
+    kind: Literal["kl", "mse"]
+    temperature: float
+
+    def blend(self, loss: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """``(1 − share)·loss + share·distance``; the squared temperature keeps the gradient's size (Hinton et al., 2015)."""
+        with torch.no_grad():
+            wanted = self.model(inputs)
+        if self.kind == "mse":
+            distance = nn.functional.mse_loss(outputs, wanted)
+        else:
+            soft, target = (
+                torch.log_softmax(values / self.temperature, dim=1) for values in (outputs, wanted)
+            )
+            pointwise = nn.functional.kl_div(soft, target, reduction="none", log_target=True).sum(dim=1)
+            distance = self.temperature**2 * pointwise.mean()
+        return (1 - self.share) * loss + self.share * distance
 
 
 @dataclass(eq=False)
@@ -112,6 +153,12 @@ class _Trainer:
     loss_fn: LossFunction
     progress: Callable[[Progress], None] | None
     device: torch.device
+    teacher: _Teacher | None
+
+    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        outputs = self.model(inputs)
+        loss = self.loss_fn(outputs, targets)
+        return loss if self.teacher is None else self.teacher.blend(loss, outputs, inputs)
 
     def epoch(
         self,
@@ -129,7 +176,7 @@ class _Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr(number)
             optimizer.zero_grad()
-            loss = self.loss_fn(self.model(inputs.to(self.device)), targets.to(self.device))
+            loss = self._loss(inputs.to(self.device), targets.to(self.device))
             (loss if penalty is None else loss + penalty()).backward()
             optimizer.step()
             after_step(number)
@@ -144,13 +191,15 @@ class _Trainer:
 
 def compress(
     model: nn.Module,
-    config: CompressionConfig,
+    config: CompressionConfig | Plan,
     train_data: Batches | tuple[Tensor, Tensor],
     recipe: Recipe | None = None,
     *,
     loss_fn: LossFunction = nn.functional.cross_entropy,
     evaluate: Callable[[nn.Module], float] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    checkpoint: str | Path | None = None,
+    adjust: AdjustTypes | None = None,
 ) -> CompressionResult:
     """Compress a trained network in place: ADMM, projection for good, masked retraining, integers.
 
@@ -158,7 +207,8 @@ def compress(
     ----------
     model : nn.Module
         Trained; in float32. Changed in place; its weights end as exactly ``integer · step size``.
-    config : CompressionConfig
+    config : CompressionConfig or Plan
+        A plan for this very model, such as `compress.allocate.allocate` gives.
     train_data : tuple of two Tensors, or an iterable of batches with a length
         ``(inputs, targets)``, shuffled into minibatches of ``recipe.batch_size``; or such as a DataLoader.
     recipe : Recipe, optional
@@ -169,12 +219,21 @@ def compress(
         at the end.
     progress : callable, optional
         Called with a `Progress` after every batch.
+    checkpoint : str or Path, optional
+        A folder. The state of the run is written there after every epoch; called again with the same arguments, a run that
+        was stopped goes on from there, and ends bit for bit like one that was not. The order of the data is restored where
+        it comes from torch's global generator or from the ``generator`` of a DataLoader.
+    adjust : callable, optional
+        Called with the projected network, the plan and the types; gives the types that are retrained, such as
+        `compress.allocate.keep_within` does.
 
     Raises
     ------
     InputError
         The configuration does not suit the network, the data cannot be batched, weights or the loss become
-        NaN.
+        NaN, the checkpoint is of another run.
+    FormatError
+        The checkpoint is damaged.
 
     Notes
     -----
@@ -191,33 +250,166 @@ def compress(
     ['0', '2']
     """
     recipe = recipe or Recipe()
-    plan = plan_layers(model, config)
-    device = next(model.parameters()).device
-    trainer = _Trainer(model, _batches(train_data, recipe), loss_fn, progress, device)
+    plan = config if isinstance(config, Plan) else plan_layers(model, config)
+    batches = _batches(train_data, recipe)
+    device = _device(model)
     was_training = model.training
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(recipe.seed)
         try:
-            accuracy_dense = _evaluate(model, evaluate)
-            admm = _run_admm(trainer, plan, recipe)
-            types = admm.finalize()
-            accuracy_projected = _evaluate(model, evaluate)
-            layers = _retrain(trainer, plan, types, recipe)
+            keeper = _Keeper.start(checkpoint, model, plan, recipe, batches, train_data)
+            permutation = _permute(model, plan, batches, device)
+            teacher = _teacher(model, recipe)
+            trainer = _Trainer(model, batches, loss_fn, progress, device, teacher)
+            if "dense" not in keeper.accuracies:
+                keeper.accuracies["dense"] = _evaluate(model, evaluate)
+            admm = _run_admm(trainer, plan, recipe, keeper)
+            types = keeper.types() or _final_types(admm, adjust)
+            plan = plan.with_counts({name: _counts(codes) for name, codes in types.items()})
+            if "projected" not in keeper.accuracies:
+                keeper.accuracies["projected"] = _evaluate(model, evaluate)
+            layers = _retrain(trainer, plan, admm, types, recipe, keeper)
             accuracy_retrained = _evaluate(model, evaluate)
         finally:
             model.train(was_training)
     return CompressionResult(
         layers,
         plan,
-        config,
         recipe,
+        permutation,
         tuple(admm.residuals),
         tuple(admm.warnings()),
-        accuracy_dense,
-        accuracy_projected,
+        keeper.accuracies["dense"],
+        keeper.accuracies["projected"],
         accuracy_retrained,
     )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _teacher(model: nn.Module, recipe: Recipe) -> _Teacher | None:
+    if not recipe.distill:
+        return None
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return _Teacher(frozen, recipe.distill, recipe.distill_loss, recipe.distill_temperature)
+
+
+def _permute(model: nn.Module, plan: Plan, batches: Batches, device: torch.device) -> Permutation:
+    if not any(layer.settings.permute_channels for layer in plan.layers):
+        return Permutation((), ())
+    state = _random_state(batches, device)
+    inputs, _ = next(iter(batches))
+    _set_random_state(
+        batches, device, state
+    )  # the look at one batch must not change the order of the training
+    return permute_channels(model, plan, inputs.to(device))
+
+
+@dataclass(eq=False)
+class _Keeper:
+    """Writes the state of the run after every epoch, and holds what was found of an earlier one."""
+
+    folder: Path | None
+    identity: dict[str, Any]
+    batches: Batches
+    found: RunState | None = None
+    accuracies: dict[str, float | None] = field(default_factory=dict)
+
+    @classmethod
+    def start(
+        cls,
+        folder: str | Path | None,
+        model: nn.Module,
+        plan: Plan,
+        recipe: Recipe,
+        batches: Batches,
+        train_data: Batches | tuple[Tensor, Tensor],
+    ) -> _Keeper:
+        """Before anything of the model has changed."""
+        if folder is None:
+            return cls(None, {}, batches)
+        tensors = {"inputs": train_data[0], "targets": train_data[1]} if isinstance(train_data, tuple) else {}
+        identity = {
+            "recipe": recipe.model_dump(mode="json"),
+            "plan": {layer.name: _identity(layer) for layer in plan.layers},
+            "dense_network": digest(model.state_dict()),
+            "data": digest(tensors) if tensors else "",
+            "batches": len(batches),
+            "torch": torch.__version__,
+            "device": _device(model).type,
+        }
+        found = read_run(folder, identity)
+        return cls(Path(folder), identity, batches, found, dict(found.accuracies) if found else {})
+
+    def epochs_done(self, phase: str) -> int:
+        """Epochs of a phase that need not be run again, where the run was stopped in it."""
+        return self.found.epoch if self.found is not None and self.found.phase == phase else 0
+
+    def in_phase(self, phase: str) -> bool:
+        """Whether the run was stopped in this phase."""
+        return self.found is not None and self.found.phase == phase
+
+    def types(self) -> dict[str, Tensor]:
+        """The frozen types where the run had them already."""
+        return dict(self.found.types) if self.found is not None else {}
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Network, optimizer and random generators as they were."""
+        if self.found is None:
+            return
+        restore_model(model, self.found.model)
+        restore_optimizer(optimizer, self.found.optimizer)
+        _set_random_state(self.batches, _device(model), self.found.random)
+
+    def save(
+        self,
+        phase: Literal["admm", "retrain"],
+        epoch: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        admm: ADMM,
+        types: dict[str, Tensor] | None = None,
+    ) -> None:
+        """At the end of an epoch."""
+        if self.folder is None:
+            return
+        state = RunState(
+            phase,
+            epoch,
+            self.accuracies,
+            model.state_dict(),
+            optimizer_tensors(optimizer),
+            admm.state_dict(),
+            types or {},
+            _random_state(self.batches, _device(model)),
+        )
+        write_run(self.folder, self.identity, state)
+
+
+def _identity(layer: PlannedLayer) -> dict[str, Any]:
+    settings = layer.settings.model_dump(mode="json")
+    return {"counts": list(layer.counts), **settings}
+
+
+def _random_state(batches: Batches, device: torch.device) -> dict[str, Tensor]:
+    """The generators that decide dropout and the order of the data: torch's own, and that of a loader."""
+    state = {"torch": torch.get_rng_state()}
+    generator = getattr(batches, "generator", None)
+    if isinstance(generator, torch.Generator):
+        state["data"] = generator.get_state()
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(batches: Batches, device: torch.device, state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    if "data" in state:
+        batches.generator.set_state(state["data"])  # type: ignore[attr-defined]
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _batches(train_data: Batches | tuple[Tensor, Tensor], recipe: Recipe) -> Batches:
@@ -260,14 +452,17 @@ def _cosine(start: float, floor: float, done: float) -> float:
     return start * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _run_admm(trainer: _Trainer, plan: Plan, recipe: Recipe) -> ADMM:
+def _run_admm(trainer: _Trainer, plan: Plan, recipe: Recipe, keeper: _Keeper) -> ADMM:
     admm = ADMM(
         trainer.model,
         plan,
         rho=recipe.rho,
         rho_growth=recipe.rho_growth,
         rho_max=max(recipe.rho, recipe.rho_max),
+        ramp_updates=recipe.ramp_updates,
     )
+    if keeper.found is not None:
+        admm.load_state_dict(keeper.found.admm)
     count = len(trainer.batches)
     # Batches after which an update falls; more updates than batches make one each.
     ends = sorted({-(-count * i // recipe.updates_per_epoch) for i in range(1, recipe.updates_per_epoch + 1)})
@@ -282,18 +477,41 @@ def _run_admm(trainer: _Trainer, plan: Plan, recipe: Recipe) -> ADMM:
             admm.step()
 
     optimizer = torch.optim.Adam(trainer.model.parameters(), lr=recipe.lr)
-    for epoch in range(1, recipe.epochs_admm + 1):
-        trainer.epoch("admm", epoch, recipe.epochs_admm, optimizer, lr, admm.penalty, after_step)
+    if keeper.in_phase("admm"):
+        keeper.restore(trainer.model, optimizer)
+    if not keeper.in_phase("retrain"):
+        for epoch in range(keeper.epochs_done("admm") + 1, recipe.epochs_admm + 1):
+            trainer.epoch("admm", epoch, recipe.epochs_admm, optimizer, lr, admm.penalty, after_step)
+            keeper.save("admm", epoch, trainer.model, optimizer, admm)
     return admm
 
 
+def _final_types(admm: ADMM, adjust: AdjustTypes | None) -> dict[str, Tensor]:
+    """The types of ADMM's last projection, adjusted, with the weights to match."""
+    types = admm.finalize()
+    if adjust is None:
+        return types
+    adjusted = adjust(admm.model, admm.plan, types)
+    for layer in admm.plan.layers:
+        codes = adjusted[layer.name]
+        if not torch.equal(codes, types[layer.name]):
+            project_to_types(layer, codes)
+    return adjusted
+
+
+def _counts(types: Tensor) -> tuple[int, int]:
+    return int((types == PRUNED).sum()), int((types == UNIFIED).sum())
+
+
 def _retrain(
-    trainer: _Trainer, plan: Plan, types: dict[str, Tensor], recipe: Recipe
+    trainer: _Trainer, plan: Plan, admm: ADMM, types: dict[str, Tensor], recipe: Recipe, keeper: _Keeper
 ) -> dict[str, CompressedLayer]:
     total = recipe.epochs_retrain * len(trainer.batches)
     with MaskedRetraining(trainer.model, plan, types) as retraining:
         optimizer = torch.optim.Adam(trainer.model.parameters(), lr=recipe.lr_retrain)
-        for epoch in range(1, recipe.epochs_retrain + 1):
+        if keeper.in_phase("retrain"):
+            keeper.restore(trainer.model, optimizer)
+        for epoch in range(keeper.epochs_done("retrain") + 1, recipe.epochs_retrain + 1):
             done = (epoch - 1) * len(trainer.batches)
 
             def lr(number: int, done: int = done) -> float:
@@ -303,4 +521,5 @@ def _retrain(
             trainer.epoch(
                 "retrain", epoch, recipe.epochs_retrain, optimizer, lr, None, lambda _: retraining.step()
             )
+            keeper.save("retrain", epoch, trainer.model, optimizer, admm, types)
         return retraining.harvest()

@@ -26,10 +26,22 @@ from compress.blocks import (
     real_entries,
     weight_to_matrix,
 )
+from compress.rules import types_shape
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, PRUNED, UNIFIED, type_counts
 
-__all__ = ["BlockCosts", "Projection", "ProjectionMethod", "assign_types", "block_costs", "project"]
+__all__ = [
+    "BlockCosts",
+    "Projection",
+    "ProjectionMethod",
+    "assign_types",
+    "assign_types_by_row",
+    "block_costs",
+    "block_values",
+    "layer_costs",
+    "project",
+    "project_to_counts",
+]
 
 ProjectionMethod = Literal["exact", "prune_first"]
 
@@ -176,6 +188,55 @@ def assign_types(
     else:
         types, _ = _assign_exactly(prune, unify, pruned_blocks, unified_blocks)
     return types.reshape(prune_cost.shape)
+
+
+def assign_types_by_row(
+    prune_cost: NDArray,
+    unify_cost: NDArray,
+    pruned_blocks: int,
+    unified_blocks: int,
+    method: ProjectionMethod = "exact",
+) -> NDArray[np.uint8]:
+    """`assign_types` of every block row by itself: the same counts in each, at the least total cost under that constraint.
+
+    The rows of an array that run such block rows side by side have the same work in every pass.
+
+    Parameters
+    ----------
+    prune_cost, unify_cost : arrays ``[..., Kb]``
+    pruned_blocks, unified_blocks : int
+        Of the whole array; multiples of its number of rows.
+
+    Raises
+    ------
+    InputError
+        Counts that the rows cannot share equally, or as `assign_types`.
+
+    Notes
+    -----
+    Source: k of n per row group, as in dynamic probabilistic pruning: Gonzalez-Carabarin et al., "Dynamic Probabilistic
+    Pruning: A General Framework for Hardware-Constrained Pruning at Different Granularities", IEEE TNNLS 2022. The constraint
+    does not couple rows, so the best of every row is the best of all.
+
+    Examples
+    --------
+    >>> assign_types_by_row(np.array([[1, 2], [8, 9]]), np.zeros((2, 2), int), 2, 2).tolist()
+    [[0, 1], [0, 1]]
+    """
+    rows = math.prod(prune_cost.shape[:-1])
+    problems = [
+        Problem(field, f"{count} blocks cannot be shared equally by {rows} block rows")
+        for field, count in (("pruned_blocks", pruned_blocks), ("unified_blocks", unified_blocks))
+        if count % rows
+    ]
+    if problems:
+        raise InputError("assignment of block types", problems)
+    columns = prune_cost.shape[-1]
+    types = [
+        assign_types(*costs, pruned_blocks // rows, unified_blocks // rows, method)
+        for costs in zip(prune_cost.reshape(-1, columns), unify_cost.reshape(-1, columns), strict=True)
+    ]
+    return np.stack(types).reshape(prune_cost.shape)
 
 
 def _check_assignment(prune_cost: NDArray, unify_cost: NDArray, pruned: int, unified: int) -> None:
@@ -370,27 +431,94 @@ def project(
     >>> projection.weight.tolist(), projection.types.tolist()
     ([[2.0, -2.0, 0.0, 0.0]], [[[1, 0]]])
     """
+    counts = type_counts(_block_count(weight, block, groups, name), pruned, unified)
+    return project_to_counts(
+        weight,
+        block,
+        *counts,
+        groups=groups,
+        column_order=column_order,
+        method=method,
+        curvature=curvature,
+        name=name,
+    )
+
+
+def _block_count(weight: Tensor, block: tuple[int, int], groups: int, name: str) -> int:
     if weight.numel() == 0:
         raise InputError(f"layer {name}", Problem("weight", f"is empty, shape {tuple(weight.shape)}"))
     if min(block) < 1:
         raise InputError(f"layer {name}", Problem("block", f"{block}, both sizes must be at least 1"))
+    return math.prod(types_shape(tuple(weight.shape), groups, block))
+
+
+def project_to_counts(
+    weight: Tensor,
+    block: tuple[int, int],
+    pruned_blocks: int,
+    unified_blocks: int,
+    *,
+    groups: int = 1,
+    column_order: ColumnOrder = "tap_major",
+    method: ProjectionMethod = "exact",
+    balanced_rows: bool = False,
+    curvature: Tensor | None = None,
+    name: str = "weight",
+) -> Projection:
+    """`project` with counts in place of ratios.
+
+    Parameters
+    ----------
+    pruned_blocks, unified_blocks : int
+        Of all groups together.
+    balanced_rows : bool
+        The same counts in every block row; see `assign_types_by_row`.
+
+    Raises
+    ------
+    InputError
+        As `project`; counts that do not fit the blocks, or that balanced rows cannot share.
+
+    Examples
+    --------
+    >>> weight = torch.tensor([[1.0, -3.0, 0.1, 0.0], [5.0, 5.0, 4.0, 4.0]])
+    >>> project_to_counts(weight, (1, 2), 2, 2, balanced_rows=True).types.tolist()
+    [[[1, 0], [1, 0]]]
+    """
+    _block_count(weight, block, groups, name)
     with torch.no_grad():
         matrix = weight_to_matrix(weight.detach(), groups, column_order)
-        h = (
-            None
-            if curvature is None
-            else weight_to_matrix(curvature.detach().to(matrix), groups, column_order)
-        )
-        costs = _finite_costs(matrix, block, h, name)
-        pruned_blocks, unified_blocks = type_counts(costs.prune.numel(), pruned, unified)
+        costs = layer_costs(weight, block, groups, column_order, curvature, name)
         prune_cost, unify_cost = costs.prune.cpu().numpy(), costs.unify.cpu().numpy()
-        codes = assign_types(prune_cost, unify_cost, pruned_blocks, unified_blocks, method)
+        assign = assign_types_by_row if balanced_rows else assign_types
+        codes = assign(prune_cost, unify_cost, pruned_blocks, unified_blocks, method)
         total = prune_cost[codes == PRUNED].sum(dtype=np.float64) + unify_cost[codes == UNIFIED].sum(
             dtype=np.float64
         )
         types = torch.from_numpy(codes).to(matrix.device)
-        values = _values(matrix, types, costs.magnitude.to(matrix.dtype), block)
+        values = block_values(matrix, types, costs.magnitude.to(matrix.dtype), block)
         return Projection(matrix_to_weight(values, tuple(weight.shape), column_order), types, float(total))
+
+
+@torch.no_grad()
+def layer_costs(
+    weight: Tensor,
+    block: tuple[int, int],
+    groups: int = 1,
+    column_order: ColumnOrder = "tap_major",
+    curvature: Tensor | None = None,
+    name: str = "weight",
+) -> BlockCosts:
+    """`block_costs` of a weight in its own shape, safe to compare: finite, and in float64 where float32 would underflow.
+
+    Raises
+    ------
+    InputError
+        NaN or infinite weights, a negative or infinite curvature.
+    """
+    matrix = weight_to_matrix(weight.detach(), groups, column_order)
+    h = None if curvature is None else weight_to_matrix(curvature.detach().to(matrix), groups, column_order)
+    return _finite_costs(matrix, block, h, name)
 
 
 def _finite_costs(matrix: Tensor, block: tuple[int, int], curvature: Tensor | None, name: str) -> BlockCosts:
@@ -411,7 +539,7 @@ def _finite_costs(matrix: Tensor, block: tuple[int, int], curvature: Tensor | No
     return block_costs(matrix.double(), block, None if curvature is None else curvature.double())
 
 
-def _values(matrix: Tensor, types: Tensor, magnitude: Tensor, block: tuple[int, int]) -> Tensor:
+def block_values(matrix: Tensor, types: Tensor, magnitude: Tensor, block: tuple[int, int]) -> Tensor:
     """The projected matrix: 0, sign(w) · magnitude with sign(0) = +1, or w itself."""
     k = matrix.shape[2]
     shared = magnitude * (types == UNIFIED)

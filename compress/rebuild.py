@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from compress import zoo
+from compress.allocate import AllocationMethod, allocate, budget_spent, keep_within
 from compress.artifact import Artifact, DatasetNote
+from compress.budget import Budget, as_budget
 from compress.data import Dataset, balanced_subset
-from compress.fit import Progress, compress
+from compress.fit import CompressionResult, Progress, compress
 from compress.integer import IntegerModel, quantize_activations, width_problems
 from compress.layers import CompressedLayer
-from compress.rules import CompressionConfig, Recipe
+from compress.rules import CompressionConfig, Plan, Recipe
 from compress.shapes import layer_shapes
 from compress.train import Checkpoint, channels_last, check_fit, evaluate, note_of, state_problems
 from hwsim.errors import FormatError, InputError, Problem
@@ -29,10 +33,14 @@ def compress_checkpoint(
     config: CompressionConfig,
     recipe: Recipe | None = None,
     *,
+    allocation: AllocationMethod | None = None,
+    budget: Budget | str | None = None,
+    blocks: Sequence[tuple[int, int]] = (),
     activation_bits: int = 8,
     accumulator_bits: int = 32,
     calibration_images: int = 512,
     progress: Callable[[Progress], None] | None = None,
+    resume_from: str | Path | None = None,
 ) -> Artifact:
     """From a trained network to its compressed form with both accuracies: everything that `hwsim compress` does.
 
@@ -43,18 +51,26 @@ def compress_checkpoint(
     data : Dataset
     config : CompressionConfig
     recipe : Recipe, optional
+    allocation : str, optional
+    budget : Budget or str, optional
+    blocks : sequence of (int, int)
+        How block types are dealt out over the layers: see `compress.allocate.allocate`.
     activation_bits, accumulator_bits : int
         Of the integer model.
     calibration_images : int
-        Training images, as many of each class, that set the scales of the activations.
+        Training images, as many of each class, that set the scales of the activations and weigh blocks.
     progress : callable, optional
         See `compress.fit.compress`.
+    resume_from : str or Path, optional
+        A folder for the state of the run, as ``checkpoint`` of `compress.fit.compress`.
 
     Returns
     -------
     Artifact
         ``results`` holds ``accuracy_dense``, ``accuracy_projected``, ``accuracy_retrained`` (float, quantised weights),
-        ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``.
+        ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``; with a budget
+        ``budget``: its quantity, limit, and what the final block types cost. ``recipe`` holds the plan, layer by layer, where
+        blocks were dealt out, and what was permuted.
 
     Raises
     ------
@@ -75,15 +91,27 @@ def compress_checkpoint(
 
     check_fit(model, data)
     train_inputs = data.normalise(data.train_images)
+    chosen = torch.from_numpy(balanced_subset(data.train_labels.numpy(), calibration_images, recipe.seed))
+    calibration = train_inputs[chosen], data.train_labels[chosen]
+    wanted = as_budget(budget)
+    plan: Plan | CompressionConfig = config
+    if allocation is not None or wanted is not None or blocks:
+        plan = allocate(model, calibration, config, budget=wanted, method=allocation, blocks=blocks)
     with channels_last(model, test_inputs[:2]):
         result = compress(
-            model, config, (train_inputs, data.train_labels), recipe, evaluate=accuracy, progress=progress
+            model,
+            plan,
+            (train_inputs, data.train_labels),
+            recipe,
+            evaluate=accuracy,
+            progress=progress,
+            checkpoint=resume_from,
+            adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
         )
-    chosen = torch.from_numpy(balanced_subset(data.train_labels.numpy(), calibration_images, recipe.seed))
     integer_model = quantize_activations(
         model,
         result.layers,
-        train_inputs[chosen],
+        calibration[0],
         activation_bits=activation_bits,
         accumulator_bits=accumulator_bits,
     )
@@ -95,9 +123,13 @@ def compress_checkpoint(
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
         "warnings": [*result.warnings, *integer_model.notes, *outside],
+        **_spending(wanted, model, result, data.input_shape),
     }
+    asked = [layer.settings.permute_channels for layer in result.plan.layers]
     how = {
         "config": config.model_dump(mode="json"),
+        **({"plan": result.plan.to_dict()} if result.plan.allocation is not None else {}),
+        **({"permutation": result.permutation.to_dict()} if any(asked) else {}),
         "training": recipe.model_dump(mode="json"),
         "train_images": len(data.train_labels),
         "calibration_images": len(chosen),
@@ -115,6 +147,30 @@ def compress_checkpoint(
         results=results,
         dataset=note_of(data),
     )
+
+
+def _keep_within(
+    budget: Budget,
+    input_shape: tuple[int, ...],
+    model: nn.Module,
+    plan: Plan,
+    types: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    kept = keep_within(
+        budget, model, plan, {name: codes.cpu().numpy() for name, codes in types.items()}, input_shape
+    )
+    return {name: torch.from_numpy(codes) for name, codes in kept.items()}
+
+
+def _spending(
+    budget: Budget | None, model: nn.Module, result: CompressionResult, input_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """What the final block types cost in the budget."""
+    if budget is None:
+        return {}
+    types = {name: layer.types for name, layer in result.layers.items()}
+    reached = budget_spent(budget, model, result.plan, types, input_shape)
+    return {"budget": {"quantity": budget.quantity, "limit": budget.limit, "reached": reached}}
 
 
 def make_artifact(

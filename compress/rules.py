@@ -5,11 +5,12 @@ The configuration needs no torch, so that a sweep can read, compare and hash tho
 
 from __future__ import annotations
 
+import html
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -19,11 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.layer import type_counts
 from hwsim.machine import validation_problems
+from hwsim.tables import format_table
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "Allocation",
     "CompressionConfig",
     "LayerSettings",
     "Plan",
@@ -31,9 +34,11 @@ __all__ = [
     "Recipe",
     "Rule",
     "Untreated",
+    "block_counts",
     "load_config",
     "parse_config",
     "plan_layers",
+    "types_shape",
 ]
 
 Block = tuple[
@@ -63,6 +68,12 @@ class LayerSettings(_Settings):
     projection : {"exact", "prune_first"}
     weight_bits, magnitude_bits : int
         2 to 8: bits of a dense weight (two's complement) and of a shared magnitude (unsigned).
+    balanced_rows : bool
+        Every block row of the layer holds the same number of blocks of each type, so that the rows of an array, however
+        many it has, end a pass together. The counts are then taken per block row.
+    permute_channels : bool
+        The layer's output channels may be reordered, together with the inputs of the layers that read them, so that
+        small weights share blocks. The function of the network stays (`compress.permute`).
     """
 
     block: Block = (4, 4)
@@ -72,6 +83,8 @@ class LayerSettings(_Settings):
     projection: Literal["exact", "prune_first"] = "exact"
     weight_bits: Bits = 8
     magnitude_bits: Bits = 8
+    balanced_rows: Annotated[bool, Field(strict=True)] = False
+    permute_channels: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
     def _ratios_fit_together(self) -> Self:
@@ -100,6 +113,8 @@ class Rule(_Settings):
     projection: Literal["exact", "prune_first"] | None = None
     weight_bits: Bits | None = None
     magnitude_bits: Bits | None = None
+    balanced_rows: bool | None = None
+    permute_channels: bool | None = None
 
     def changes(self) -> dict[str, Any]:
         """The layer settings that the rule sets."""
@@ -143,6 +158,14 @@ class Recipe(_Settings):
         Penalty of the first update, its growth per update and its ceiling.
     updates_per_epoch : int
         ADMM updates in an epoch.
+    ramp_updates : int
+        ADMM updates over which the counts of pruned and unified blocks grow to their full number; 0: full from the start.
+    distill : float
+        Share of the loss that is the distance to the outputs of the uncompressed network, in ADMM and retraining; 0: none.
+    distill_loss : {"kl", "mse"}
+        Distance of distillation: between softened class probabilities, or the squared error of any outputs.
+    distill_temperature : float
+        Softens the probabilities of "kl".
     batch_size : int
         Used where the training data comes as tensors.
     seed : int
@@ -153,7 +176,8 @@ class Recipe(_Settings):
     of retraining end higher than eight and four, and two updates per epoch bring ADMM to rest in that time.
 
     Source: ADMM for weights: Zhang et al., "A Systematic DNN Weight Pruning Framework using Alternating Direction
-    Method of Multipliers", ECCV 2018; ρ and its growth are found by trial.
+    Method of Multipliers", ECCV 2018; ρ and its growth are found by trial. Distillation: Hinton, Vinyals, Dean, "Distilling
+    the Knowledge in a Neural Network", arXiv 1503.02531 (2015).
     """
 
     epochs_admm: Epochs = 4
@@ -165,6 +189,10 @@ class Recipe(_Settings):
     rho_growth: Annotated[float, Field(ge=1, le=100)] = 1.3
     rho_max: Positive = 1.0
     updates_per_epoch: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 2
+    ramp_updates: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] = 0
+    distill: Ratio = 0.0
+    distill_loss: Literal["kl", "mse"] = "kl"
+    distill_temperature: Positive = 4.0
     batch_size: Annotated[int, Field(strict=True, ge=1, le=1 << 20)] = 64
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 63)] = 0
 
@@ -234,6 +262,9 @@ class PlannedLayer:
     settings : LayerSettings
         Of an exempt layer both ratios are 0.
     exempt : bool
+    counts : tuple of int
+        ``(P, U)``: blocks to prune and to unify. They follow from the ratios of the settings, or an allocation chose them
+        (`compress.allocate`).
     """
 
     name: str
@@ -242,6 +273,7 @@ class PlannedLayer:
     groups: int
     settings: LayerSettings
     exempt: bool
+    counts: tuple[int, int]
 
     @property
     def m(self) -> int:
@@ -256,13 +288,40 @@ class PlannedLayer:
     @property
     def types_shape(self) -> tuple[int, int, int]:
         """``(groups, Mb, Kb)``."""
-        g_o, g_k = self.settings.block
-        return self.groups, -(-self.m // g_o), -(-self.k // g_k)
+        return types_shape(self.weight_shape, self.groups, self.settings.block)
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """``(P, U)``: blocks to prune and to unify."""
-        return type_counts(math.prod(self.types_shape), self.settings.pruned, self.settings.unified)
+    def with_counts(self, pruned: int, unified: int) -> PlannedLayer:
+        """The same layer with other counts; its ratios become what they are."""
+        blocks = math.prod(self.types_shape)
+        ratios = {"pruned": pruned / blocks, "unified": unified / blocks}
+        return replace(self, counts=(pruned, unified), settings=self.settings.model_copy(update=ratios))
+
+
+def types_shape(weight_shape: tuple[int, ...], groups: int, block: tuple[int, int]) -> tuple[int, int, int]:
+    """``(groups, Mb, Kb)`` of a weight cut into blocks.
+
+    Examples
+    --------
+    >>> types_shape((50, 20, 5, 5), 1, (4, 4))
+    (1, 13, 125)
+    """
+    g_o, g_k = block
+    return groups, -(-(weight_shape[0] // groups) // g_o), -(-math.prod(weight_shape[1:]) // g_k)
+
+
+def block_counts(settings: LayerSettings, shape: tuple[int, int, int]) -> tuple[int, int]:
+    """``(P, U)`` that the ratios of a layer ask for; with balanced rows so many of each block row.
+
+    Examples
+    --------
+    >>> settings = LayerSettings(pruned=0.5, unified=0.5)
+    >>> block_counts(settings, (1, 2, 5)), block_counts(settings.model_copy(update={"balanced_rows": True}), (1, 2, 5))
+    ((5, 5), (4, 6))
+    """
+    groups, m_blocks, _ = shape
+    rows = groups * m_blocks if settings.balanced_rows else 1
+    pruned, unified = type_counts(math.prod(shape) // rows, settings.pruned, settings.unified)
+    return rows * pruned, rows * unified
 
 
 @dataclass(frozen=True)
@@ -271,6 +330,47 @@ class Untreated:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """How blocks were dealt out over the layers of a plan.
+
+    Attributes
+    ----------
+    method : str
+        "uniform", "erdos-renyi", "magnitude", "fisher", "hessian".
+    quantity : str
+        What the budget is counted in, with its unit (``"image_bytes"``); empty without a budget.
+    limit, reached : float
+        The budget, and what the block types of the plan cost, measured.
+    machine : str
+        Name of the machine that it is measured on; empty where none is needed.
+    layers : dict from layer name to dict
+        With a budget: ``cost`` in its unit, and ``energy_kept_percent``, the share of the (curvature-weighted) energy that the
+        layer keeps.
+    """
+
+    method: str
+    quantity: str = ""
+    limit: float = 0.0
+    reached: float = 0.0
+    machine: str = ""
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Everything but the layers, as JSON values."""
+        return {name: value for name, value in vars(self).items() if name != "layers" and value != ""}
+
+    def __str__(self) -> str:
+        if not self.quantity:
+            return f"allocation: {self.method}"
+        on = f" on {self.machine}" if self.machine else ""
+        return (
+            f"allocation: {self.method}; {self.quantity} {self.reached:,.10g} of {self.limit:,.10g}{on} "
+            f"({self.reached / self.limit:.2%})"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,10 +384,75 @@ class Plan:
     untreated : tuple of Untreated
         Every other module with weights of its own, biases and normalisation apart, which the method never
         touches.
+    config : CompressionConfig
+    allocation : Allocation or None
+        How the counts were chosen; None where each layer has the ratios of its settings.
     """
 
     layers: tuple[PlannedLayer, ...]
     untreated: tuple[Untreated, ...]
+    config: CompressionConfig
+    allocation: Allocation | None = None
+
+    def with_counts(self, counts: Mapping[str, tuple[int, int]]) -> Plan:
+        """The same plan with other ``(P, U)`` for some layers, whose ratios become what these counts are."""
+        layers = tuple(layer.with_counts(*counts.get(layer.name, layer.counts)) for layer in self.layers)
+        return replace(self, layers=layers)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per layer as JSON values: block shape, blocks, how many of each type, share of the weights' blocks kept."""
+        rows = []
+        for layer in self.layers:
+            blocks, (pruned, unified) = math.prod(layer.types_shape), layer.counts
+            row: dict[str, Any] = {
+                "layer": layer.name,
+                "block": "x".join(map(str, layer.settings.block)),
+                "blocks": blocks,
+                "pruned": pruned,
+                "unified": unified,
+                "dense": blocks - pruned - unified,
+                "kept_percent": 100 * (1 - pruned / blocks),
+            }
+            if self.allocation is not None:
+                row |= self.allocation.layers.get(layer.name, {})
+            rows.append(row)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values of six digits, as an artifact keeps it."""
+        chosen = None if self.allocation is None else self.allocation.summary
+        rows = [
+            {
+                name: float(f"{value:.6g}") if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+            for row in self.rows()
+        ]
+        return {"allocation": chosen, "layers": rows}
+
+    def __str__(self) -> str:
+        table = format_table(self.rows())
+        return table if self.allocation is None else f"{table}\n{self.allocation}"
+
+    def _repr_html_(self) -> str:
+        rows = self.rows()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_cell(value))}</td>" for value in row.values()) + "</tr>"
+            for row in rows
+        )
+        note = "" if self.allocation is None else f"<p>{html.escape(str(self.allocation))}</p>"
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+def _cell(value: Any) -> str:
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )
 
 
 def plan_layers(model: nn.Module, config: CompressionConfig) -> Plan:
@@ -330,12 +495,13 @@ def plan_layers(model: nn.Module, config: CompressionConfig) -> Plan:
             ]
             continue
         shape, groups = tuple(module.get_parameter("weight").shape), getattr(module, "groups", 1)
-        layers.append(PlannedLayer(name, module, shape, groups, settings, exempt))
+        counts = block_counts(settings, types_shape(shape, groups, settings.block))
+        layers.append(PlannedLayer(name, module, shape, groups, settings, exempt, counts))
     if not problems:
         problems += _idle_rules(config, layers)
     if problems:
         raise InputError("compression plan", problems)
-    return Plan(tuple(layers), tuple(untreated))
+    return Plan(tuple(layers), tuple(untreated), config)
 
 
 def _listed(untreated: list[Untreated]) -> str:

@@ -2,17 +2,18 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from compress.admm import ADMM
+from compress.admm import ADMM, Residual, project_to_types, ramp_share
 from compress.projection import project
 from compress.rules import CompressionConfig, plan_layers
 from hwsim.errors import FormatError, InputError
-from hwsim.layer import DENSE
+from hwsim.layer import DENSE, PRUNED, UNIFIED
 
 CONFIG = CompressionConfig(block=(2, 3), pruned=0.4, unified=0.4, exempt_first_last=False)
 
@@ -269,3 +270,91 @@ def test_a_plan_can_be_given_instead_of_a_configuration():
     model = network()
     plan = plan_layers(model, CONFIG)
     assert ADMM(model, plan).plan is plan
+
+
+def test_progressive_ratios_follow_the_ramp_exactly():
+    model = network()
+    plan = plan_layers(model, CONFIG)
+    admm = ADMM(model, plan, ramp_updates=3)
+    full = {layer.name: layer.counts for layer in plan.layers}
+
+    def counts():
+        return {
+            name: tuple(int((admm.state_dict()[f"{name}.types"] == code).sum()) for code in (PRUNED, UNIFIED))
+            for name in full
+        }
+
+    seen = [counts()]
+    for _ in range(4):
+        move(model, len(seen))
+        admm.step()
+        seen.append(counts())
+    for update, found in enumerate(seen):
+        share = 1 - (1 - min(update + 1, 4) / 4) ** 3
+        assert found == {name: tuple(math.floor(share * count) for count in full[name]) for name in full}
+    assert seen[3] == seen[4] == full
+    assert [ramp_share(update, 0) for update in (0, 1, 9)] == [1.0, 1.0, 1.0]
+
+
+def test_a_ramp_that_was_not_finished_is_warned_of_and_still_projected_in_full():
+    model = network()
+    admm = ADMM(model, CONFIG, ramp_updates=5)
+    train(model, admm, 5)
+    assert "only 1 of the 5 updates" in admm.warnings()[0]
+    types = admm.finalize()
+    for layer in admm.plan.layers:
+        assert tuple(int((types[layer.name] == code).sum()) for code in (PRUNED, UNIFIED)) == layer.counts
+
+
+def test_balanced_rows_hold_at_every_update():
+    config = CONFIG.model_copy(update={"balanced_rows": True})
+    model = network()
+    admm = ADMM(model, config, ramp_updates=2)
+    for seed in range(4):
+        for layer in admm.plan.layers:
+            types = admm.state_dict()[f"{layer.name}.types"]
+            for code in (PRUNED, UNIFIED):
+                assert len((types == code).sum(dim=-1).unique()) == 1
+        move(model, seed)
+        admm.step()
+
+
+@pytest.mark.parametrize(
+    ("primal", "changes", "expected"),
+    [
+        (0.1, 0.02, None),
+        (math.nextafter(0.1, 1), 0.0, "primal residual"),
+        (0.0, math.nextafter(0.02, 1), "of the block types changed"),
+        (0.05, 0.0, None),
+    ],
+)
+def test_the_tolerances_of_the_warnings_are_those_documented(primal, changes, expected):
+    """At the tolerance all is well, above it not; each warning names what to change."""
+    admm = ADMM(network(), CONFIG)
+    admm.updates = 1
+    admm.residuals = [Residual(name, 1, 0.03, primal, 0.0, changes, 0.0) for name in ("0", "3")]
+    lines = admm.warnings()
+    assert len(lines) == (0 if expected is None else 2)
+    for line in lines:
+        assert expected in line
+        assert "rho" in line
+        assert "more updates" in line
+
+
+def test_projecting_to_given_types_is_the_nearest_with_them():
+    model = network()
+    layer = plan_layers(model, CONFIG).layers[1]
+    weight = layer.module.weight.detach().clone()
+    projection = project(weight, (2, 3), 0.4, 0.4)
+    project_to_types(layer, projection.types)
+    assert torch.equal(layer.module.weight, projection.weight)
+
+
+def test_curvature_of_a_layer_that_stays_whole_does_no_harm():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    ADMM(model, CompressionConfig(block=(2, 2)), curvature={"0": torch.ones(6, 4)})
+
+
+def test_a_negative_ramp_is_refused():
+    with pytest.raises(InputError, match="ramp_updates"):
+        ADMM(network(), CONFIG, ramp_updates=-1)

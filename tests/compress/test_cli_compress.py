@@ -10,12 +10,13 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from compress import data
+from compress import data, fit
 from compress.artifact import load_artifact
 from compress.cli import compress, train
 from compress.rebuild import rebuild_integer
 from compress.train import evaluate, load_checkpoint
 from hwsim.errors import FormatError, HwsimError, InputError
+from hwsim.simulator import simulate
 
 DIGITS = ["--data", "digits", "--train-images", "320", "--test-images", "100"]
 
@@ -181,6 +182,112 @@ def test_a_result_that_cannot_be_written_is_said_before_the_training(tmp_path: P
             result = run(*command, *DIGITS, "--out", out)
             assert "cannot be written" in str(result.exception)
             assert "epoch" not in result.stderr
+
+
+def test_a_budget_is_kept_by_the_file_and_said(tmp_path: Path, dense: Path) -> None:
+    path = tmp_path / "model"
+    result = run(
+        compress,
+        dense,
+        *QUICK,
+        "--budget",
+        "latency_cycles=3000,machine=msa-16x16",
+        "--all-layers",
+        "--out",
+        path,
+    )
+    assert result.exception is None, result.output
+    artifact = load_artifact(path)
+    latency = simulate("msa-16x16", artifact.layers()).summary["latency_cycles"]
+    assert 0.95 * 3000 < latency <= 3000
+    spent = artifact.results["budget"]
+    assert spent == {"quantity": "latency_cycles", "limit": 3000, "reached": latency}
+    assert f"budget    latency_cycles {latency:,} of 3,000" in result.stdout
+    rows = artifact.recipe["plan"]["layers"]
+    assert [row["layer"] for row in rows] == list(artifact.compressed)
+    for row in rows:
+        types = artifact.compressed[row["layer"]].types
+        assert [row["pruned"], row["unified"], row["dense"]] == [
+            int((types == code).sum()) for code in (0, 1, 2)
+        ]
+    assert artifact.recipe["plan"]["allocation"]["method"] == "magnitude"
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:3] == ["layer", "block", "blocks"]
+    assert [line.split()[0] for line in lines[1:4]] == ["fc1", "fc2", "fc3"]
+
+
+def test_block_shapes_are_chosen_per_layer(tmp_path: Path, dense: Path) -> None:
+    path = tmp_path / "model"
+    shapes = ["--block", "1x4", "--block", "4x4", "--block", "8x8"]
+    result = run(
+        compress, dense, *QUICK, *shapes, "--budget", "file_bytes=12000", "--all-layers", "--out", path
+    )
+    assert result.exception is None, result.output
+    artifact = load_artifact(path)
+    assert {layer.block for layer in artifact.compressed.values()} <= {(1, 4), (4, 4), (8, 8)}
+    assert artifact.results["budget"]["reached"] <= 12000
+
+
+def test_an_allocation_of_ratios(tmp_path: Path, dense: Path) -> None:
+    path = tmp_path / "model"
+    ratios = ["--pruned", "0.75", "--unified", "0.25", "--all-layers"]
+    options = ["--allocation", "erdos-renyi", "--balanced-rows", "--permute-channels", "--ramp-updates", "1"]
+    result = run(compress, dense, *QUICK, *ratios, *options, "--distill", "0.5", "--out", path)
+    assert result.exception is None, result.output
+    artifact = load_artifact(path)
+    kept = {row["layer"]: row["kept_percent"] for row in artifact.recipe["plan"]["layers"]}
+    assert kept["fc1"] < kept["fc2"] < kept["fc3"]
+    for layer in artifact.compressed.values():
+        assert len(set((layer.types == 0).sum(axis=-1).ravel().tolist())) == 1
+    assert artifact.recipe["training"]["distill"] == 0.5
+    assert [item["layer"] for item in artifact.recipe["permutation"]["permuted"]] == ["fc1", "fc2"]
+
+
+def test_a_stopped_command_goes_on_and_writes_the_same_file(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*QUICK, "--epochs-admm", 2, "--epochs-retrain", 2, "--allocation", "magnitude"]
+    whole = run(compress, dense, *arguments, "--out", tmp_path / "whole")
+    assert whole.exception is None, whole.output
+    folder = ["--checkpoint", tmp_path / "state"]
+    write = fit.write_run
+    written: list[object] = []
+
+    def write_and_stop(*parts: object) -> None:
+        write(*parts)  # type: ignore[arg-type]
+        written.append(parts)
+        if len(written) in (1, 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fit, "write_run", write_and_stop)
+    for _ in range(2):
+        run(compress, dense, *arguments, *folder, "--out", tmp_path / "resumed")
+        assert not (tmp_path / "resumed").exists()
+    result = run(compress, dense, *arguments, *folder, "--out", tmp_path / "resumed")
+    assert result.exception is None, result.output
+    assert len(written) == 4
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    found = error_of(compress, dense, *arguments, *folder, "--rho", "0.5", "--out", tmp_path / "other")
+    assert isinstance(found, InputError)
+    assert "recipe.rho" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "image_bytes=40", "--all-layers"], "cannot be reached"),
+        (["--budget", "image_byte=40"], 'did you mean "image_bytes"'),
+        (["--budget", "image_bytes=9000", "--pruned", "0.5"], "--pruned: a budget decides the ratios"),
+        (["--budget", "image_bytes=9000", "--allocation", "erdos-renyi"], "spreads a ratio"),
+        (["--block", "4x4", "--block", "8x8"], "by --budget only"),
+        (["--ramp-updates", "-1"], "ramp_updates"),
+        (["--distill", "1.5"], "distill"),
+    ],
+)
+def test_wrong_choices_are_input_errors(dense: Path, arguments: list[str], message: str) -> None:
+    found = error_of(compress, dense, *QUICK, *arguments)
+    assert isinstance(found, InputError)
+    assert message in str(found)
 
 
 @pytest.mark.parametrize("command", [train, compress])

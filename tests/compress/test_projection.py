@@ -12,9 +12,11 @@ from scipy.optimize import linear_sum_assignment
 
 from compress import projection as module
 from compress.blocks import expand_blocks, weight_to_matrix
-from compress.projection import assign_types, block_costs, project
+from compress.projection import assign_types, assign_types_by_row, block_costs, project, project_to_counts
 from hwsim.errors import InputError
-from hwsim.layer import DENSE, PRUNED, UNIFIED, type_counts
+from hwsim.layer import DENSE, PRUNED, UNIFIED, Layer, LayerShape, type_counts
+from hwsim.machine import load_machine
+from hwsim.simulator import run_layer
 
 
 def total_cost(types, prune_cost, unify_cost):
@@ -298,3 +300,73 @@ def test_the_input_is_left_alone_and_no_graph_is_kept():
     before = weight.detach().clone()
     assert not project(weight, (4, 4), 0.5, 0.25).weight.requires_grad
     assert torch.equal(weight.detach(), before)
+
+
+# --- balanced rows
+
+
+def best_balanced(prune_cost, unify_cost, pruned, unified):
+    """Least total cost over every way to type the blocks with these counts in each row, by enumeration."""
+    total = 0
+    for prunes, unifies in zip(prune_cost, unify_cost, strict=True):
+        columns = range(len(prunes))
+        total += min(
+            sum(prunes[list(p)]) + sum(unifies[list(u)])
+            for p in itertools.combinations(columns, pruned)
+            for u in itertools.combinations(sorted(set(columns) - set(p)), unified)
+        )
+    return total
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_balanced_rows_are_the_best_under_their_constraint(data):
+    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    elements = st.integers(0, 9)
+    prune_cost, unify_cost = (
+        data.draw(hnp.arrays(np.int64, (rows, columns), elements=elements)) for _ in range(2)
+    )
+    pruned = data.draw(st.integers(0, columns))
+    unified = data.draw(st.integers(0, columns - pruned))
+    types = assign_types_by_row(prune_cost, unify_cost, rows * pruned, rows * unified)
+    for row in types:
+        assert_counts(row, pruned, unified)
+    assert total_cost(types, prune_cost, unify_cost) == best_balanced(prune_cost, unify_cost, pruned, unified)
+    # A constraint never makes the optimum cheaper.
+    free = assign_types(prune_cost, unify_cost, rows * pruned, rows * unified)
+    assert total_cost(free, prune_cost, unify_cost) <= total_cost(types, prune_cost, unify_cost)
+
+
+def test_balanced_rows_need_counts_that_rows_can_share():
+    costs = np.ones((3, 4))
+    with pytest.raises(InputError, match="cannot be shared equally by 3 block rows") as error:
+        assign_types_by_row(costs, costs, 4, 5)
+    assert [problem.field for problem in error.value.problems] == ["pruned_blocks", "unified_blocks"]
+
+
+def test_balanced_projection_is_a_projection():
+    weight = random_weight((10, 4, 3))
+    arguments = {"groups": 2, "balanced_rows": True}
+    once = project_to_counts(weight, (2, 4), 6, 6, **arguments)
+    per_row = [(once.types == code).sum(dim=-1).unique().tolist() for code in (PRUNED, UNIFIED)]
+    assert per_row == [[1], [1]]
+    twice = project_to_counts(once.weight, (2, 4), 6, 6, **arguments)
+    assert torch.equal(once.types, twice.types)
+    torch.testing.assert_close(once.weight, twice.weight)
+    assert once.cost == pytest.approx(float((weight - once.weight).square().sum()), rel=1e-5)
+
+
+def test_with_balanced_rows_a_pass_has_no_imbalance():
+    """Simulated: block types alike, front end and banks that never hold a row up; without balance rows wait."""
+    shape = LayerShape("fc", "linear", 96, 128, (16,))
+    machine = load_machine("msa-16x16").with_fields(
+        {"front_end.skip_window": 64, "operand_store.banks": 32, "front_end.queue_depth": 32}
+    )
+    waiting = {}
+    for balanced in (False, True):
+        result = project_to_counts(random_weight((128, 96)), (4, 4), 384, 384, balanced_rows=balanced)
+        run = run_layer(Layer(shape, (4, 4), result.types.numpy()), machine)
+        waiting[balanced] = run.totals["imbalance"]
+        assert run.totals["unified"] == 384
+    assert waiting[True] == 0
+    assert waiting[False] > 0

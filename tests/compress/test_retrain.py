@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from compress.admm import ADMM
 from compress.blocks import expand_blocks, weight_to_matrix
-from compress.fit import Recipe, compress
+from compress.fit import Recipe, _Teacher, compress
 from compress.quantize import dequantize
 from compress.retrain import MaskedRetraining, check_invariants
 from compress.rules import CompressionConfig, plan_layers
@@ -453,3 +453,55 @@ def test_the_mode_of_the_model_is_restored(training):
     model = trained().train(training)
     compress(model, CONFIG, data(), small_recipe(epochs_admm=1, epochs_retrain=1), evaluate=accuracy)
     assert model.training == training
+
+
+def test_distillation_draws_to_the_outputs_of_the_uncompressed_network():
+    """With nothing but distillation the labels do not matter; with none, they do."""
+    inputs, targets = data(64)
+    wrong = (targets + 1) % 4
+    for kind in ("kl", "mse"):
+        weights = []
+        for labels in (targets, wrong):
+            model = trained()
+            recipe = small_recipe(distill=1.0, distill_loss=kind, epochs_admm=1, epochs_retrain=1)
+            compress(model, CONFIG, (inputs, labels), recipe)
+            weights.append(model[2].weight.detach())
+        assert torch.equal(*weights)
+    plain = []
+    for labels in (targets, wrong):
+        model = trained()
+        compress(model, CONFIG, (inputs, labels), small_recipe(epochs_admm=1, epochs_retrain=1))
+        plain.append(model[2].weight.detach())
+    assert not torch.equal(*plain)
+
+
+def test_the_distillation_loss_is_that_of_hinton():
+    teacher = nn.Linear(3, 4)
+    inputs, outputs = torch.randn(5, 3), torch.randn(5, 4)
+    wanted = teacher(inputs).detach()
+    loss = torch.tensor(2.0)
+    found = _Teacher(teacher, 0.3, "kl", 3.0).blend(loss, outputs, inputs)
+    p, q = (torch.softmax(values / 3.0, 1) for values in (wanted, outputs))
+    expected = 0.7 * 2.0 + 0.3 * 9.0 * (p * (p / q).log()).sum(dim=1).mean()
+    torch.testing.assert_close(found, expected)
+    found = _Teacher(teacher, 0.3, "mse", 3.0).blend(loss, outputs, inputs)
+    torch.testing.assert_close(found, 0.7 * 2.0 + 0.3 * (outputs - wanted).square().mean())
+    alike = _Teacher(teacher, 1.0, "kl", 3.0).blend(loss, wanted, inputs)
+    assert float(alike) == pytest.approx(0, abs=1e-6)
+
+
+def test_adjusted_types_are_what_is_retrained():
+    seen = []
+
+    def adjust(model, plan, types):
+        seen.append({layer.name: layer.counts for layer in plan.layers})
+        lowered = {name: codes.clone() for name, codes in types.items()}
+        flat = lowered["2"].view(-1)
+        flat[(flat == UNIFIED).nonzero()[0]] = PRUNED
+        return lowered
+
+    result = compress(trained(), CONFIG, data(), small_recipe(epochs_admm=1, epochs_retrain=1), adjust=adjust)
+    counts = {layer.name: layer.counts for layer in result.plan.layers}
+    assert counts["2"] == (seen[0]["2"][0] + 1, seen[0]["2"][1] - 1)
+    assert counts["3"] == seen[0]["3"]
+    check_invariants(result.plan, result.layers)
