@@ -141,7 +141,7 @@ PARTS: dict[str, _Part] = {
     "requantizer": _Part("requantizer", ("requantizer.sv",), lambda m: m.output.words_per_cycle),
     "counters": _Part("counters", ("counters.sv",), lambda m: 1),
     "sequencer": _Part("sequencer", ("sequencer.sv",), lambda m: 1, memories=True),
-    "loader": _Part("loader", ("loader.sv",), lambda m: 1),
+    "loader": _Part("loader", ("loader.sv",), lambda m: 1, memories=True),
 }
 """The parts that are synthesised, in the order in which they are reported; ``array`` is all of them.
 
