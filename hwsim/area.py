@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
-from hwsim.errors import InputError
 from hwsim.gates import INDEX_BITS, area_model, component_gates, log2_ceil
-from hwsim.machine import Machine
-from hwsim.technology import MemoryMacro, Technology
+from hwsim.kept import Kept, kept_by
+from hwsim.machine import MAX_KIB, MAX_ROWS, Machine
+from hwsim.technology import MemoryMacro, Technology, remembered
 
 __all__ = [
     "AREA_COMPONENTS",
@@ -164,16 +164,17 @@ def memories(machine: Machine) -> dict[str, Memory]:
     return result
 
 
-@lru_cache(maxsize=256)
+@kept_by(Machine.static_fields_of)
 def memory_macros(machine: Machine, technology: Technology) -> dict[str, MemoryMacro]:
     """One macro of each memory of `memories`, as the technology builds it."""
+    technology = remembered(technology)
     return {
         name: technology.memory(memory.capacity_bits, memory.port_bits)
         for name, memory in memories(machine).items()
     }
 
 
-@lru_cache(maxsize=256)
+@kept_by(Machine.logic_fields_of)
 def _logic(machine: Machine, technology: Technology) -> dict[str, _Logic]:
     array, precision, front_end = machine.array, machine.precision, machine.front_end
     g_o, g_k = array.block
@@ -283,28 +284,56 @@ def dense_at_equal_area(machine: Machine, technology: Technology) -> Machine:
     """
     if machine.is_dense:
         return machine
+    technology = remembered(technology)
     budget_mm2 = sum(machine_area(machine, technology).values())
     row_bytes = int(machine.weights.dense_kib * 1024) // machine.array.rows
-    best = _dense_machine(machine, machine.array.rows, row_bytes)
-    while True:
-        try:
-            larger = _dense_machine(machine, best.array.rows + 1, row_bytes)
-        except InputError:  # the machine description ends here (4096 rows)
-            return best
-        if sum(machine_area(larger, technology).values()) > budget_mm2:
-            return best
-        best = larger
+
+    @cache
+    def fits(rows: int) -> bool:
+        if rows > MAX_ROWS or rows * row_bytes > MAX_KIB * 1024:  # the machine description ends here
+            return False
+        larger = _dense_machine(machine, rows, row_bytes)
+        return sum(machine_area(larger, technology).values()) <= budget_mm2
+
+    # Every row brings the same area, so a straight line says where to look, and a look around says exactly. Machines that
+    # differ in memories alone mostly end at the same row.
+    key = (machine.logic_fields, technology)
+    rows = _LIKELY_ROWS.get(key, machine.array.rows)
+    if not fits(rows) or fits(rows + 1):
+        smallest_mm2 = sum(
+            machine_area(_dense_machine(machine, machine.array.rows, row_bytes), technology).values()
+        )
+        more = int((budget_mm2 - smallest_mm2) / _row_mm2(machine, technology, row_bytes))
+        rows = min(machine.array.rows + max(more, 0), MAX_ROWS)
+    while rows > machine.array.rows and not fits(rows):
+        rows -= 1
+    while fits(rows + 1):
+        rows += 1
+    _LIKELY_ROWS.find(key, lambda: rows)
+    return _dense_machine(machine, rows, row_bytes)
+
+
+_LIKELY_ROWS = Kept(1024)
+"""Where to look first in `dense_at_equal_area`; what it finds does not depend on it."""
+
+
+@kept_by(Machine.logic_fields_of)
+def _row_mm2(machine: Machine, technology: Technology, row_bytes: int) -> float:
+    """About what a row adds to the dense machine of `dense_at_equal_area`."""
+    rows = machine.array.rows
+    smaller, larger = (
+        sum(machine_area(_dense_machine(machine, count, row_bytes), technology).values())
+        for count in (rows, rows + 1)
+    )
+    return larger - smaller
 
 
 def _dense_machine(machine: Machine, rows: int, row_bytes: int) -> Machine:
-    return machine.with_fields(
-        {
-            "name": f"{machine.name[:180]} dense, {rows} rows",
-            "array.rows": rows,
-            "operand_store.banks": 1,
-            "weights.dense_kib": rows * row_bytes / 1024,
-            "features.skip_pruned": False,
-            "features.unified_path": False,
-            "features.row_balance": "none",
-        }
-    )
+    dense = machine.without_features()
+    parts = {
+        "name": f"{machine.name[:180]} dense, {rows} rows",
+        "array": machine.array.model_copy(update={"rows": rows}),
+        "operand_store": machine.operand_store.model_copy(update={"banks": 1}),
+        "weights": machine.weights.model_copy(update={"dense_kib": rows * row_bytes / 1024}),
+    }
+    return dense.model_copy(update=parts)

@@ -47,12 +47,14 @@ _COMMANDS = {
     "synth": ("hwsim.commands_synth:synth", "Area and path depth of the RTL's parts, synthesised by Yosys."),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
+    "query": ("sweeps.cli:query", "Ask the results of a sweep in SQL."),
     "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),
     "diff": ("sweeps.cli_answers:diff", "What changed between two results or machines, per layer."),
     "figures": (
         "sweeps.cli:figures",
         "Paper plots of the results of a sweep: PDF, PNG, and their data as CSV.",
     ),
+    "bench": ("sweeps.bench:bench", "Measure how many points a second this machine evaluates, and why."),
     "report": ("sweeps.cli:report", "One HTML page of the results of a sweep."),
 }
 

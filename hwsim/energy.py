@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,19 +30,25 @@ from hwsim.area import (
     register_bits,
 )
 from hwsim.errors import InputError, Problem
+from hwsim.kept import kept_by
+from hwsim.kernels.totals import energy_of
 from hwsim.machine import Machine
-from hwsim.technology import Technology
+from hwsim.technology import Technology, remembered
 
 __all__ = [
     "ENERGY_COMPONENTS",
     "EVENTS",
     "EnergyPerEvent",
     "EventCounts",
+    "StaticEnergy",
     "block_energy_pj",
     "clock_pj_per_cycle",
     "clock_tree_pj",
     "energy_per_event",
     "layer_energy",
+    "leakage_pj",
+    "network_energy",
+    "static_energy",
 ]
 
 ENERGY_COMPONENTS = (
@@ -71,6 +78,7 @@ ENERGY_COMPONENTS = (
 """Components of `layer_energy`, in the order of its last axis."""
 
 Count = int | NDArray[np.integer]
+Rates = TypeVar("Rates", float, NDArray[Any])
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +138,11 @@ class EventCounts:
 
 EVENTS = tuple(field.name for field in fields(EventCounts))
 """Names of the events, in the order of the rows of `EnergyPerEvent.pj`."""
+
+_ROW = {name: index for index, name in enumerate(EVENTS)}
+_COLUMN = {name: index for index, name in enumerate(ENERGY_COMPONENTS)}
+CYCLES, DRAM_BITS, INPUT_BITS = _ROW["cycles"], _ROW["dram_bits"], _ROW["activation_bits_written"]
+"""Rows of the events that depend on the DRAM channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,26 +205,46 @@ def energy_per_event(machine: Machine, technology: Technology) -> EnergyPerEvent
     >>> round(table.event_pj("dense_column_blocks", "multipliers"), 3)  # 16 products of 8 × 8 bits
     3.2
     """
-    table: dict[tuple[str, str], float] = {}
-    table |= _block_energies(machine, technology)
-    table |= _word_energies(machine, technology)
-    table |= _memory_energies(machine, technology)
+    known = remembered(technology)
+    pj = _energy_without_rates(machine, known).copy()
+    pj[DRAM_BITS, _COLUMN["dram"]] = machine.dram.pj_per_bit
+    pj[CYCLES, _COLUMN["leakage"]] = leakage_pj(leakage_mw(machine, known), machine.clock_mhz)
+    pj.flags.writeable = False
+    return EnergyPerEvent(pj)
+
+
+@kept_by(Machine.static_fields_of)
+def _energy_without_rates(machine: Machine, technology: Technology) -> NDArray[np.float64]:
+    """The table less the two entries that depend on clock and DRAM."""
+    pj = _energy_without_memories(machine, technology).copy()
+    store = memory_macros(machine, technology)["operand_store"]
+    pj[_ROW["words_read"], _COLUMN["operand_store_read"]] = store.read_energy_pj
+    pj[_ROW["words_filled"], _COLUMN["operand_store_fill"]] = store.write_energy_pj
+    _fill(pj, _memory_energies(machine, technology))
+    pj.flags.writeable = False
+    return pj
+
+
+@kept_by(Machine.logic_fields_of)
+def _energy_without_memories(machine: Machine, technology: Technology) -> NDArray[np.float64]:
+    pj = np.zeros((len(EVENTS), len(ENERGY_COMPONENTS)))
+    _fill(pj, _block_energies(machine, technology))
+    _fill(pj, _word_energies(machine, technology))
     accumulator_bits, activation_bits = machine.precision.accumulator_bits, machine.precision.activation_bits
-    table["outputs_requantised", "requantizer"] = (
+    pj[_ROW["outputs_requantised"], _COLUMN["requantizer"]] = (
         technology.multiplier_pj(accumulator_bits, SCALE_BITS)
         + 2 * technology.adder_pj(accumulator_bits)  # bias, rounding
         + technology.shifter_pj(accumulator_bits)
         + (accumulator_bits + activation_bits) * technology.register_pj
     )
-    table["dram_bits", "dram"] = machine.dram.pj_per_bit
-    table["cycles", "clock"] = clock_pj_per_cycle(machine, technology)
-    cycle_ns = 1000 / machine.clock_mhz
-    table["cycles", "leakage"] = leakage_mw(machine, technology) * cycle_ns  # mW × ns = pJ
-    pj = np.zeros((len(EVENTS), len(ENERGY_COMPONENTS)))
-    for (event, component), value in table.items():
-        pj[EVENTS.index(event), ENERGY_COMPONENTS.index(component)] = value
+    pj[CYCLES, _COLUMN["clock"]] = clock_pj_per_cycle(machine, technology)
     pj.flags.writeable = False
-    return EnergyPerEvent(pj)
+    return pj
+
+
+def _fill(pj: NDArray[np.float64], table: dict[tuple[str, str], float]) -> None:
+    for (event, component), value in table.items():
+        pj[_ROW[event], _COLUMN[component]] = value
 
 
 def _block_energies(machine: Machine, technology: Technology) -> dict[tuple[str, str], float]:
@@ -235,20 +268,17 @@ def _block_energies(machine: Machine, technology: Technology) -> dict[tuple[str,
 
 
 def _word_energies(machine: Machine, technology: Technology) -> dict[tuple[str, str], float]:
-    """One word through operand store, multicast network, front end and expander."""
+    """One word through multicast network, front end and expander."""
     array, banks, word_bits = machine.array, machine.operand_store.banks, machine.word_bits
     geometry = array_geometry(machine, technology)
-    store = memory_macros(machine, technology)["operand_store"]
     gate_pj, register_pj, wire_pj = technology.gate_pj, technology.register_pj, technology.wire_pj_per_mm
     # down past all rows; across half the array on average to reach its columns
     multicast_mm = geometry.height_mm + geometry.width_mm / 2
     aligned_pj = log2_ceil(array.columns) * gate_pj + register_pj + geometry.width_mm * wire_pj
     result = {
-        ("words_read", "operand_store_read"): store.read_energy_pj,
         ("words_read", "multicast"): word_bits * multicast_mm * wire_pj,
         ("latches", "multicast"): word_bits * log2_ceil(banks) * gate_pj,
         ("latches", "operand_registers"): OPERAND_SETS * word_bits * register_pj,
-        ("words_filled", "operand_store_fill"): store.write_energy_pj,
         ("words_filled", "expander"): word_bits * aligned_pj,
     }
     if not machine.is_dense:
@@ -323,6 +353,57 @@ def layer_energy(events: EventCounts, machine: Machine, technology: Technology) 
             ],
         )
     return counts.astype(np.float64) @ table
+
+
+def network_energy(events: NDArray[np.int64], machine: Machine, technology: Technology) -> float:
+    """Energy of all layers together, in pJ: the sum of their events × pJ, in the order of the events.
+
+    Parameters
+    ----------
+    events : int64 array ``[layers, events]``
+    machine : Machine
+    technology : Technology
+    """
+    static = static_energy(machine, technology)
+    zero = np.zeros(1, np.int64)
+    [energy_pj] = energy_of(
+        events.sum(axis=0)[None],
+        zero,
+        static.per_event_pj[None],
+        zero,
+        DRAM_BITS,
+        np.array([machine.dram.pj_per_bit]),
+        CYCLES,
+        np.array([static.per_event_pj[CYCLES] + leakage_pj(static.leakage_mw, machine.clock_mhz)]),
+    )
+    return float(energy_pj)
+
+
+@dataclass(frozen=True, eq=False)
+class StaticEnergy:
+    """The energy model of machines that differ in clock and DRAM only.
+
+    Attributes
+    ----------
+    per_event_pj : float64 array ``[events]``
+        pJ per event in all components together, leakage and DRAM left out.
+    leakage_mw : float
+    """
+
+    per_event_pj: NDArray[np.float64]
+    leakage_mw: float
+
+
+def static_energy(machine: Machine, technology: Technology) -> StaticEnergy:
+    """The part of `energy_per_event` that clock and DRAM do not touch, summed over the components."""
+    known = remembered(technology)
+    pj = _energy_without_rates(machine, known)
+    return StaticEnergy(pj.sum(axis=1), leakage_mw(machine, known))
+
+
+def leakage_pj(leakage_mw: Rates, clock_mhz: Rates) -> Rates:
+    """Energy that leaks in one cycle, in pJ."""
+    return leakage_mw * (1000 / clock_mhz)  # mW × ns = pJ
 
 
 def _absent_events(machine: Machine) -> NDArray[np.bool_]:

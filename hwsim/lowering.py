@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from hwsim.errors import FitError
 from hwsim.kernels.counts import count_types
 from hwsim.kernels.passes import MAX_BLOCK_COLUMNS, PassConfig
-from hwsim.kernels.steps import StepConfig
+from hwsim.kernels.steps import Channel, StepConfig
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 from hwsim.machine import Machine
 
 __all__ = [
     "LoweredMachine",
+    "check_length",
+    "dram_channel",
+    "dram_channels",
     "effective_counts",
     "effective_types",
     "execution_order",
@@ -40,6 +43,8 @@ class LoweredMachine:
         For the pass kernel.
     step_config : StepConfig
         For the step kernels.
+    channel : Channel
+        The DRAM channel, in cycles of this clock.
     row_share_bytes : tuple of int
         One row's private part of the type, sign, magnitude and dense memory.
     activation_bits_capacity : int
@@ -48,6 +53,7 @@ class LoweredMachine:
 
     pass_config: PassConfig
     step_config: StepConfig
+    channel: Channel
     row_share_bytes: tuple[int, int, int, int]
     activation_bits_capacity: int
 
@@ -85,11 +91,45 @@ def pass_config(machine: Machine, *, one_segment: bool = False) -> PassConfig:
     )
 
 
+@lru_cache(maxsize=65536)
+def dram_channel(clock_mhz: float, gb_per_s: float, burst_bytes: int) -> Channel:
+    """The channel of a clock and a bandwidth: the cycles of a byte as one exact fraction.
+
+    Examples
+    --------
+    >>> dram_channel(1000.0, 12.8, 64)
+    Channel(burst_bytes=64, dram_cycles=5, dram_bytes=64)
+    """
+    cycles_per_byte = Fraction(str(clock_mhz)) / (Fraction(str(gb_per_s)) * 1000)
+    return Channel(burst_bytes, cycles_per_byte.numerator, cycles_per_byte.denominator)
+
+
+def dram_channels(
+    clock_mhz: NDArray[np.float64], gb_per_s: NDArray[np.float64], burst_bytes: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """``int64[n, 3]``: `dram_channel` of many clocks, bandwidths and bursts at once.
+
+    Examples
+    --------
+    >>> dram_channels(np.array([1000.0]), np.array([12.8]), np.array([64])).tolist()
+    [[64, 5, 64]]
+    """
+    millionths = [np.rint(rate * 1e6) for rate in (clock_mhz, gb_per_s)]
+    channels = np.empty((len(clock_mhz), 3), np.int64)
+    cycles, moved = millionths[0].astype(np.int64), millionths[1].astype(np.int64) * 1000
+    divisor = np.maximum(np.gcd(cycles, moved), 1)
+    channels[:, 0], channels[:, 1], channels[:, 2] = burst_bytes, cycles // divisor, moved // divisor
+    # A decimal of up to 15 digits is the shortest text of its float. The few rates with more decimals go the long way.
+    longer = (millionths[0] / 1e6 != clock_mhz) | (millionths[1] / 1e6 != gb_per_s)
+    for i in np.flatnonzero(longer).tolist():
+        channels[i] = dram_channel(float(clock_mhz[i]), float(gb_per_s[i]), int(burst_bytes[i]))
+    return channels
+
+
 @lru_cache(maxsize=256)
 def lower_machine(machine: Machine) -> LoweredMachine:
     """Every integer that follows from the machine alone."""
     weights = machine.weights
-    cycles_per_byte = Fraction(str(machine.clock_mhz)) / (Fraction(str(machine.dram.gb_per_s)) * 1000)
     passes = pass_config(machine)
     return LoweredMachine(
         pass_config=passes,
@@ -100,10 +140,8 @@ def lower_machine(machine: Machine) -> LoweredMachine:
             drain_words=machine.output.words_per_cycle,
             activation_bits=machine.precision.activation_bits,
             output_half_bits=int(machine.output.size_kib * 1024) * 8 // 2,
-            burst_bytes=machine.dram.burst_bytes,
-            dram_cycles=cycles_per_byte.numerator,
-            dram_bytes=cycles_per_byte.denominator,
         ),
+        channel=dram_channel(machine.clock_mhz, machine.dram.gb_per_s, machine.dram.burst_bytes),
         row_share_bytes=(
             int(weights.type_kib * 1024) // machine.array.rows,
             int(weights.sign_kib * 1024) // machine.array.rows,
@@ -157,7 +195,22 @@ def execution_order(counts: NDArray[np.int64], machine: Machine) -> NDArray[np.i
         A pass of this layer could outrun the kernel's counters.
     """
     groups, m_blocks, _ = counts.shape
-    k_blocks = int(counts[0, 0].sum())
+    check_length(int(counts[0, 0].sum()), machine)
+    natural = np.repeat(np.arange(m_blocks)[None, :], groups, axis=0)
+    if machine.features.row_balance == "none":
+        return natural
+    unified, dense = occupancy(machine)
+    total = counts[:, :, UNIFIED] * unified + counts[:, :, DENSE] * dense
+    return np.argsort(-total, axis=1, kind="stable")
+
+
+def check_length(k_blocks: int, machine: Machine) -> None:
+    """Refuse a layer with so many block columns where a pass of it could outrun the kernel's counters.
+
+    Raises
+    ------
+    FitError
+    """
     unified, dense = occupancy(machine)
     cycles = 2 * k_blocks * max(unified, dense, 2)
     if k_blocks > MAX_BLOCK_COLUMNS or cycles >= 2**29:
@@ -165,8 +218,3 @@ def execution_order(counts: NDArray[np.int64], machine: Machine) -> NDArray[np.i
             f"a pass over {k_blocks:,} block columns of up to {max(unified, dense):,} cycles each is beyond what the "
             f"simulator counts ({MAX_BLOCK_COLUMNS:,} block columns and 2**29 cycles); use wider blocks or ports"
         )
-    natural = np.repeat(np.arange(m_blocks)[None, :], groups, axis=0)
-    if machine.features.row_balance == "none":
-        return natural
-    total = counts[:, :, UNIFIED] * unified + counts[:, :, DENSE] * dense
-    return np.argsort(-total, axis=1, kind="stable")

@@ -7,11 +7,13 @@ that converts units. Every problem of a file is reported at once, with the neare
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from fractions import Fraction
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -34,8 +36,10 @@ __all__ = [
     "validation_problems",
 ]
 
+MAX_ROWS = 4096
+MAX_KIB = 2**20
 Count = Annotated[int, Field(strict=True, ge=1, le=65536)]
-Size = Annotated[float, Field(strict=True, gt=0, le=2**20)]
+Size = Annotated[float, Field(strict=True, gt=0, le=MAX_KIB)]
 Rate = Annotated[float, Field(strict=True, gt=0, le=1e6)]
 Switch = Annotated[bool, Field(strict=True)]
 
@@ -44,6 +48,42 @@ class _Part(BaseModel):
     """A part of the description: immutable, and a field that it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    # Machines are keys of what is known of them, millions of times in a sweep: all values as one tuple compare and hash faster.
+    @cached_property
+    def identity(self) -> tuple[int, tuple[Any, ...]]:
+        """Hash and values of the fields, nested as the parts are."""
+        values = tuple(
+            value.identity if isinstance(value, _Part) else value
+            for value in map(self.__dict__.get, self._names())
+        )
+        return hash(values), values
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return self is other or self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return self.identity[0]
+
+    def __copy__(self) -> Self:
+        copied = super().__copy__()
+        for name in (
+            copied.__dict__.keys() - self._names()
+        ):  # a copy is made to be changed: keep nothing that was worked out
+            del copied.__dict__[name]
+        return copied
+
+    def __getstate__(self) -> dict[Any, Any]:
+        # Hashes of text differ from process to process, so what was worked out stays behind.
+        state = super().__getstate__()
+        fields = {name: value for name, value in state["__dict__"].items() if name in self._names()}
+        return state | {"__dict__": fields}
+
+    @classmethod
+    def _names(cls) -> dict[str, Any]:
+        return cls.__pydantic_fields__
 
 
 class Array(_Part):
@@ -61,7 +101,7 @@ class Array(_Part):
         Sign-controlled adders of one PE.
     """
 
-    rows: Annotated[int, Field(strict=True, ge=1, le=4096)]
+    rows: Annotated[int, Field(strict=True, ge=1, le=MAX_ROWS)]
     columns: Annotated[int, Field(strict=True, ge=1, le=4096)]
     block: tuple[
         Annotated[int, Field(strict=True, ge=1, le=256)], Annotated[int, Field(strict=True, ge=1, le=256)]
@@ -213,6 +253,35 @@ class Machine(_Part):
             raise InputError(f"machine {self.name}", problems)
         return parse_machine(data, f"machine {self.name}")
 
+    def without_features(self) -> Machine:
+        """The dense machine with the same array: nothing is skipped, nothing unified, and rows that are alike need no order."""
+        off = Features(skip_pruned=False, unified_path=False, row_balance="none")
+        return self.model_copy(update={"features": off})
+
+    @cached_property
+    def logic_fields(self) -> tuple[Any, ...]:
+        """What logic and wires depend on: everything but name, clock, DRAM, sizes of memories and the technology."""
+        store, weights = self.operand_store, self.weights
+        ports = (weights.dense_port_bits, weights.sign_port_bits, self.output.words_per_cycle)
+        parts = (self.array, self.front_end, self.precision, self.features)
+        return (*(part.identity for part in parts), store.banks, store.fill_words_per_cycle, *ports)
+
+    @cached_property
+    def static_fields(self) -> tuple[Any, ...]:
+        """Everything but name, clock, DRAM and the technology."""
+        parts = (self.activation_buffer, self.operand_store, self.weights, self.output)
+        return (*self.logic_fields, *(part.identity for part in parts))
+
+    @staticmethod
+    def logic_fields_of(machine: Machine) -> tuple[Any, ...]:
+        """`logic_fields` as a function, for `hwsim.kept.kept_by`."""
+        return machine.logic_fields
+
+    @staticmethod
+    def static_fields_of(machine: Machine) -> tuple[Any, ...]:
+        """`static_fields` as a function, for `hwsim.kept.kept_by`."""
+        return machine.static_fields
+
     @classmethod
     def field_names(cls) -> list[str]:
         """Every field that `with_fields` accepts, dotted."""
@@ -299,7 +368,11 @@ def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:]
             value = item.get("input")
+            message = message.replace("valid tuple", "list")
             found = "" if isinstance(value, dict | BaseModel) else f"found {value!r}"
+            if item["type"] == "literal_error" and isinstance(value, str):
+                names = re.findall("'([^']*)'", item["ctx"]["expected"])
+                found = f"{found}, {nearest_name(value, names)}"
             problems.append(Problem(dotted, message, found))
     return problems
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +15,32 @@ from hwsim.image import CHANNEL_BYTES, ImageSizes
 from hwsim.kernels.steps import (
     STEP_FIELDS,
     ColumnUnits,
+    StepConfig,
     StepPlan,
     Tiles,
-    cost_steps,
     plan_steps,
+    time_steps,
     widest_unit_bits,
+    work_of_steps,
 )
+from hwsim.kernels.totals import Demand, Memories, plan_memories
 from hwsim.layer import LayerShape
 from hwsim.lowering import LoweredMachine
 
-__all__ = ["Mapping", "column_units", "map_layer", "needed_runs", "transfers"]
+__all__ = [
+    "Mapping",
+    "StoredLayer",
+    "column_units",
+    "does_not_fit",
+    "layer_demand",
+    "map_layer",
+    "memories",
+    "needed_runs",
+    "plan_inputs",
+    "row_tiles",
+    "stored_layer",
+    "transfers",
+]
 
 LoopOrder = Literal["weights outer", "columns outer"]
 Residence = Literal["whole", "grouped", "streamed"]
@@ -172,36 +189,28 @@ def map_layer(
     FitError
         The finest step does not fit, with the demand, the capacity, the gap and what would close it.
     """
+    stored = stored_layer(shape, order, sizes, machine.pass_config.rows)
+    tiles = row_tiles(stored, pass_cycles, k_blocks)
     config = machine.step_config
-    tiles = _row_tiles(pass_cycles, k_blocks, order, sizes, machine)
-    weights_whole = bool((tiles.usage.sum(axis=(0, 1)) <= np.array(machine.row_share_bytes)).all())
-    streamed = not weights_whole and bool((tiles.usage > tiles.share).any())
-    units, split, input_whole = _units(shape, tiles, machine, machine_name)
-    half_bits = machine.activation_bits_capacity // 2
-    whole_cycles, whole_bytes = np.zeros(2, np.int64), np.zeros(2, np.int64)
-    if weights_whole:
-        whole_cycles[0], whole_bytes[0] = transfers(list(sizes.part_bytes.values()), machine)
-    if input_whole:
-        whole_cycles[1], whole_bytes[1] = transfers(
-            [-(-rows * units.width * units.element_bits // 8) for rows in needed_runs(shape)], machine
-        )
+    demand = layer_demand(shape, stored, config.columns, config.activation_bits)
+    plan = plan_memories(demand, memories([machine]))[0]
+    if plan[0] < 0:
+        raise does_not_fit(shape, demand, machine, machine_name)
+    units, whole_weights, whole_inputs = plan_inputs(shape, stored, plan, config)
+    tiles = tiles._replace(share=plan[4:8])
     best: Mapping | None = None
     for weights_outer in (1, 0):
-        plan = StepPlan(
-            weights_outer=weights_outer,
-            split=int(split),
-            streamed=int(streamed),
-            weight_limited=int(not weights_whole and not streamed),
-            input_half_bits=-1 if input_whole else half_bits,
+        step_plan = StepPlan(weights_outer, int(plan[0]), int(plan[1]), int(plan[2]), int(plan[3]))
+        steps = plan_steps(tiles, units, step_plan, config)
+        work, moved, passes, loads = work_of_steps(
+            tiles, units, steps, step_plan, whole_weights, whole_inputs, config
         )
-        steps = plan_steps(tiles, units, plan, config)
-        cost, passes, loads = cost_steps(tiles, units, steps, plan, whole_cycles, whole_bytes, config)
         mapping = Mapping(
             loop_order="weights outer" if weights_outer else "columns outer",
-            weight_residence="whole" if weights_whole else "streamed" if streamed else "grouped",
-            input_residence="whole" if input_whole else "grouped",
+            weight_residence="streamed" if plan[1] else "grouped" if plan[2] else "whole",
+            input_residence="whole" if plan[3] < 0 else "grouped",
             steps=steps,
-            cost=cost,
+            cost=time_steps(work, moved, machine.channel),
             passes=passes,
             loads=loads,
         )
@@ -214,66 +223,136 @@ def map_layer(
     return best
 
 
-def _row_tiles(
-    pass_cycles: NDArray[np.int64],
-    k_blocks: int,
-    order: NDArray[np.int64],
-    sizes: ImageSizes,
-    machine: LoweredMachine,
-) -> Tiles:
+class StoredLayer(NamedTuple):
+    """What the weight memories of an array of so many rows hold of a layer; arrays as in `hwsim.kernels.steps.Tiles`.
+
+    ``part_bytes``: int64 ``[parts]`` of the image.
+    """
+
+    rows: int
+    channels: NDArray[np.int64]
+    usage: NDArray[np.int64]
+    order: NDArray[np.int64]
+    row_bytes: NDArray[np.int64]
+    order_bytes: int
+    part_bytes: NDArray[np.int64]
+
+
+def stored_layer(shape: LayerShape, order: NDArray[np.int64], sizes: ImageSizes, rows: int) -> StoredLayer:
+    """Row tiles of ``rows`` block rows each, and the bytes of every block row."""
     groups, m_blocks = order.shape
-    rows = machine.pass_config.rows
-    n_tiles = pass_cycles.shape[1]
+    n_tiles = -(-m_blocks // rows)
     slots = n_tiles * rows
     usage = np.zeros((groups, slots, 4), np.int64)
-    group_index = np.arange(groups)[:, None]
-    usage[:, :m_blocks] = sizes.stream_bytes[group_index, order]
+    usage[:, :m_blocks] = sizes.stream_bytes[np.arange(groups)[:, None], order]
     channels = np.zeros((groups, slots), np.int64)
     channels[:, :m_blocks] = sizes.channel_rows[order]
     row_bytes = np.empty((groups, m_blocks, 6), np.int64)
     row_bytes[:, :, 0] = sizes.offset_bytes
     row_bytes[:, :, 1] = sizes.channel_rows * CHANNEL_BYTES
     row_bytes[:, :, 2:] = sizes.stream_bytes
-    return Tiles(
-        cycles=np.ascontiguousarray(pass_cycles),
+    return StoredLayer(
+        rows=rows,
         channels=channels.reshape(groups, n_tiles, rows).sum(axis=2),
         usage=usage.reshape(groups, n_tiles, rows, 4),
-        share=np.array(machine.row_share_bytes, np.int64) // 2,
         order=np.ascontiguousarray(order),
         row_bytes=row_bytes,
         order_bytes=sizes.order_bytes,
-        rows=rows,
+        part_bytes=np.array(list(sizes.part_bytes.values()), np.int64),
+    )
+
+
+def row_tiles(stored: StoredLayer, pass_cycles: NDArray[np.int64], k_blocks: int) -> Tiles:
+    """The row tiles with the cycles of their passes; the share of the memories is the plan's."""
+    return Tiles(
+        cycles=np.ascontiguousarray(pass_cycles),
+        channels=stored.channels,
+        usage=stored.usage,
+        share=np.zeros(4, np.int64),
+        order=stored.order,
+        row_bytes=stored.row_bytes,
+        order_bytes=stored.order_bytes,
+        rows=stored.rows,
         k_blocks=k_blocks,
     )
 
 
-def _units(
-    shape: LayerShape, tiles: Tiles, machine: LoweredMachine, machine_name: str
-) -> tuple[ColumnUnits, bool, bool]:
-    """Units of columns, whether they are column tiles (where one output row does not fit), whether the input is held whole."""
-    config = machine.step_config
-    half_bits = machine.activation_bits_capacity // 2
-    channels = int(tiles.channels.max())
+def memories(machines: Sequence[LoweredMachine]) -> Memories:
+    """The memories of some machines side by side."""
+    return Memories(
+        row_share_bytes=np.array([machine.row_share_bytes for machine in machines], np.int64),
+        activation_bits=np.array([machine.activation_bits_capacity for machine in machines], np.int64),
+        output_half_bits=np.array([machine.step_config.output_half_bits for machine in machines], np.int64),
+    )
+
+
+def layer_demand(shape: LayerShape, stored: StoredLayer, columns: int, activation_bits: int) -> Demand:
+    """What a layer demands of the memories of a machine with so many columns."""
+    channels = int(stored.channels.max())
+    input_bits, unit_input_bits, positions = _unit_demand(shape, columns, activation_bits)
+    return Demand(
+        row_bytes=stored.usage.sum(axis=(0, 1)).max(axis=0),
+        tile_bytes=stored.usage.max(axis=(0, 1, 2)),
+        input_bits=input_bits,
+        unit_input_bits=unit_input_bits,
+        unit_output_bits=positions * (channels * activation_bits),
+        can_split=int(shape.kind != "linear"),
+        output_bits=shape.m * shape.n * activation_bits,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _unit_demand(
+    shape: LayerShape, columns: int, activation_bits: int
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """Bits of the whole input; of one unit's input, and positions of one unit, for units of rows and of column tiles."""
+    rows, tiles = (column_units(shape, columns, activation_bits, split) for split in (False, True))
+    return (
+        sum(needed_runs(shape)) * rows.width * rows.element_bits,
+        np.array([widest_unit_bits(units) for units in (rows, tiles)], np.int64),
+        np.array([units.positions.max() for units in (rows, tiles)], np.int64),
+    )
+
+
+def plan_inputs(
+    shape: LayerShape, stored: StoredLayer, plan: NDArray[np.int64], config: StepConfig
+) -> tuple[ColumnUnits, NDArray[np.int64], NDArray[np.int64]]:
+    """Units of columns, and the transfers in bytes that load weights and inputs which are held whole.
+
+    Parameters
+    ----------
+    shape : LayerShape
+    stored : StoredLayer
+    plan : int64 array ``[9]``
+        A row of `hwsim.kernels.totals.plan_memories`.
+    config : StepConfig
+    """
+    units = column_units(shape, config.columns, config.activation_bits, bool(plan[0]))
+    nothing = np.zeros(0, np.int64)
+    whole_weights, whole_inputs = nothing, nothing
+    if not (plan[1] or plan[2]):
+        whole_weights = stored.part_bytes
+    if plan[3] < 0:
+        row_bits = units.width * units.element_bits
+        whole_inputs = -(-np.array(needed_runs(shape), np.int64) * row_bits // 8)
+    return units, whole_weights, whole_inputs
+
+
+def does_not_fit(shape: LayerShape, demand: Demand, machine: LoweredMachine, machine_name: str) -> FitError:
+    """The finest step does not fit: the demand, the capacity, the gap and what would close it."""
     gaps = []
-    for split in (False, True):
-        units = column_units(shape, config.columns, config.activation_bits, split)
-        whole_bits = sum(needed_runs(shape)) * units.width * units.element_bits
-        input_whole = whole_bits <= machine.activation_bits_capacity
-        output_bits = channels * int(units.positions.max()) * config.activation_bits
-        input_demand = 0 if input_whole else widest_unit_bits(units)
-        if output_bits <= config.output_half_bits and input_demand <= half_bits:
-            return units, split, input_whole
-        if shape.kind == "linear" or split:
-            if output_bits > config.output_half_bits:
-                gaps.append(
-                    _gap("outputs of one pass", "output.size_kib", output_bits, config.output_half_bits)
-                )
-            if input_demand > half_bits:
-                gaps.append(
-                    _gap("input of one column tile", "activation_buffer.size_kib", input_demand, half_bits)
-                )
-            break
-    raise FitError(
+    output_bits, input_bits = (
+        demand.unit_output_bits[demand.can_split],
+        demand.unit_input_bits[demand.can_split],
+    )
+    half_bits = machine.activation_bits_capacity // 2
+    if output_bits > machine.step_config.output_half_bits:
+        gaps.append(
+            _gap("outputs of one pass", "output.size_kib", output_bits, machine.step_config.output_half_bits)
+        )
+    if demand.input_bits > machine.activation_bits_capacity and input_bits > half_bits:
+        gaps.append(_gap("input of one column tile", "activation_buffer.size_kib", input_bits, half_bits))
+    return FitError(
         f"layer {shape.name} does not fit machine {machine_name}: its finest step is one row tile against one column "
         "tile. " + " ".join(gaps)
     )
@@ -300,7 +379,7 @@ def needed_runs(shape: LayerShape) -> tuple[int, ...]:
 
 def transfers(sizes_bytes: list[int], machine: LoweredMachine) -> tuple[int, int]:
     """``(cycles, bytes)`` of some transfers in plain Python integers."""
-    config = machine.step_config
-    bus = [-(-size // config.burst_bytes) * config.burst_bytes for size in sizes_bytes]
-    cycles = sum(-(-size * config.dram_cycles // config.dram_bytes) for size in bus)
+    channel = machine.channel
+    bus = [-(-size // channel.burst_bytes) * channel.burst_bytes for size in sizes_bytes]
+    cycles = sum(-(-size * channel.dram_cycles // channel.dram_bytes) for size in bus)
     return cycles, sum(bus)

@@ -109,7 +109,8 @@ class Program:
 
 def layer_program(run: LayerRun, machine: Machine) -> Program:
     """The steps and transfers of a layer whose weights are held whole or grouped (of streamed ones the loads are left out)."""
-    config = lower_machine(machine).step_config
+    lowered = lower_machine(machine)
+    config = lowered.step_config
     weights, inputs = _Weights(run, machine), _Inputs(run, machine)
     steps: list[Step] = []
     rows_before: tuple[int, int, int] | None = None
@@ -129,7 +130,7 @@ def layer_program(run: LayerRun, machine: Machine) -> Program:
         steps.append(
             Step(group, first_tile, tiles, start, positions, loads, tuple(loaded), kept, outputs, store)
         )
-    return Program(tuple(steps), config.burst_bytes, config.dram_cycles, config.dram_bytes)
+    return Program(tuple(steps), *lowered.channel)
 
 
 def run_steps(run: LayerRun, machine: Machine) -> list[tuple[int, int, int, int, int]]:

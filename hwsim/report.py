@@ -21,7 +21,7 @@ from hwsim.machine import Machine, parse_machine
 from hwsim.tables import time_text
 from hwsim.version import MODEL_VERSION
 
-__all__ = ["Report", "load_report", "package_versions", "plain_records"]
+__all__ = ["Report", "derived_figures", "load_report", "package_versions", "plain_records"]
 
 FORMAT = "hwsim-report"
 FORMAT_VERSION = 1
@@ -42,8 +42,6 @@ _SUMMED = (
     "dram_bytes",
     "dense_dram_bytes",
     "image_bytes",
-    "energy_pj",
-    "dense_energy_pj",
 )
 
 
@@ -108,6 +106,8 @@ class Report:
         machine: Machine,
         equal_area_machine: Machine,
         layer_rows: Sequence[dict[str, Any]],
+        energy_pj: float,
+        dense_energy_pj: float,
         energy: pd.DataFrame,
         storage: pd.DataFrame,
         area_mm2: dict[str, float],
@@ -116,27 +116,19 @@ class Report:
     ) -> Report:
         """Assemble the tables and sum up."""
         total: dict[str, Any] = {name: sum(row[name] for row in layer_rows) for name in _SUMMED}
-        seconds = total["latency_cycles"] / (machine.clock_mhz * 1e6)
-        lanes = machine.array.rows * machine.array.columns * machine.array.multipliers
-        summary = total | {
-            "latency_ms": seconds * 1e3,
-            "inferences_per_s": 1 / seconds,
-            "speedup_compute_only": total["dense_compute_cycles"] / total["compute_cycles"],
-            "speedup_with_memory": total["dense_latency_cycles"] / total["latency_cycles"],
-            "speedup_equal_area": total["equal_area_latency_cycles"] / total["latency_cycles"],
-            "energy_saving": total["dense_energy_pj"] / total["energy_pj"],
-            "average_power_mw": total["energy_pj"] * 1e-9 / seconds,
-            "average_bandwidth_gb_per_s": total["dram_bytes"] / seconds / 1e9,
+        total |= {
+            "energy_pj": energy_pj,
+            "dense_energy_pj": dense_energy_pj,
             "peak_bandwidth_gb_per_s": max(row["peak_bandwidth_gb_per_s"] for row in layer_rows),
             "peak_demand_gb_per_s": max(row["peak_demand_gb_per_s"] for row in layer_rows),
-            "bits_per_weight": total["image_bytes"] * 8 / total["weight_count"],
-            "fp32_bytes": total["weight_count"] * 4,
-            "int8_bytes": total["weight_count"],
             "area_mm2": sum(area_mm2.values()),
-            "equal_area_dense_area_mm2": equal_area_mm2,
-            "equal_area_dense_rows": equal_area_machine.array.rows,
-            "peak_gmac_per_s": lanes * machine.clock_mhz / 1e3,
         }
+        array = machine.array
+        summary = total | derived_figures(
+            total, machine.clock_mhz, array.rows * array.columns * array.multipliers
+        )
+        summary["equal_area_dense_area_mm2"] = equal_area_mm2
+        summary["equal_area_dense_rows"] = equal_area_machine.array.rows
         area = pd.DataFrame({"component": list(area_mm2), "area_mm2": list(area_mm2.values())})
         return cls(
             network=network,
@@ -289,6 +281,34 @@ def _frame(records: Any) -> pd.DataFrame:
     if frame.empty:
         raise ValueError("an empty table")
     return frame
+
+
+def derived_figures(total: Mapping[str, Any], clock_mhz: Any, multipliers: Any) -> dict[str, Any]:
+    """What follows from the totals of a network: times, speed-ups, power, bandwidth, storage.
+
+    Parameters
+    ----------
+    total : mapping
+        Totals by name: numbers, or arrays of one length for many machines at once.
+    clock_mhz : float or float64 array
+    multipliers : int or int64 array
+        Of the whole array of PEs.
+    """
+    seconds = total["latency_cycles"] / (clock_mhz * 1e6)
+    return {
+        "latency_ms": seconds * 1e3,
+        "inferences_per_s": 1 / seconds,
+        "speedup_compute_only": total["dense_compute_cycles"] / total["compute_cycles"],
+        "speedup_with_memory": total["dense_latency_cycles"] / total["latency_cycles"],
+        "speedup_equal_area": total["equal_area_latency_cycles"] / total["latency_cycles"],
+        "energy_saving": total["dense_energy_pj"] / total["energy_pj"],
+        "average_power_mw": total["energy_pj"] * 1e-9 / seconds,
+        "average_bandwidth_gb_per_s": total["dram_bytes"] / seconds / 1e9,
+        "bits_per_weight": total["image_bytes"] * 8 / total["weight_count"],
+        "fp32_bytes": total["weight_count"] * 4,
+        "int8_bytes": total["weight_count"],
+        "peak_gmac_per_s": multipliers * clock_mhz / 1e3,
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -149,7 +149,7 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
             ),
         )
     lowered = lower_machine(machine)
-    load_bytes = math.ceil(Fraction(lowered.step_config.dram_bytes, lowered.step_config.dram_cycles))
+    load_bytes = math.ceil(Fraction(lowered.channel.dram_bytes, lowered.channel.dram_cycles))
     if load_bytes > MAX_LOAD_BYTES:
         raise InputError(
             f"machine {machine.name}",

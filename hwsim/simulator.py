@@ -15,7 +15,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from hwsim.area import dense_at_equal_area, machine_area
-from hwsim.energy import ENERGY_COMPONENTS, EventCounts, layer_energy
+from hwsim.energy import (
+    CYCLES,
+    DRAM_BITS,
+    ENERGY_COMPONENTS,
+    EVENTS,
+    INPUT_BITS,
+    EventCounts,
+    layer_energy,
+    network_energy,
+)
 from hwsim.errors import FitError, InputError, Problem
 from hwsim.image import PARTS, ImageSizes, image_sizes, type_code_bits
 from hwsim.kernels.counts import count_types
@@ -32,17 +41,23 @@ from hwsim.machine import Machine, load_machine
 from hwsim.mapping import Mapping, map_layer
 from hwsim.oracle import COUNTERS
 from hwsim.report import Report
-from hwsim.technology import Technology, load_technology
+from hwsim.technology import load_technology
 
 __all__ = [
     "LayerRun",
+    "check_formats",
     "check_layers",
+    "dense_layer",
+    "event_weights",
     "latency_parts",
     "layer_accumulator_bits",
     "layer_events",
+    "no_baseline",
+    "overflow_warning",
     "pass_counters",
     "run_layer",
     "simulate",
+    "uniform_counters",
 ]
 
 
@@ -96,7 +111,7 @@ def run_layer(layer: Layer, machine: Machine) -> LayerRun:
 
 
 def _run_layer(layer: Layer, machine: Machine, lowered: LoweredMachine) -> LayerRun:
-    _check_formats(layer, machine)
+    check_formats(layer, machine)
     native = layer.at_native_block(machine.array.block)
     types = effective_types(native.types, machine)
     blocks = effective_counts(native.types, machine)
@@ -109,7 +124,7 @@ def _run_layer(layer: Layer, machine: Machine, lowered: LoweredMachine) -> Layer
     return LayerRun(native, blocks, order, machine.array.rows, counters, mapping, sizes)
 
 
-def _check_formats(layer: Layer, machine: Machine) -> None:
+def check_formats(layer: Layer, machine: Machine) -> None:
     """Refuse weights that are wider than the machine's formats: times and sizes would be those of other weights."""
     if layer.weights is None:
         return
@@ -131,22 +146,60 @@ def pass_counters(
 ) -> NDArray[np.int64]:
     """``int64[G, T, segments, 13]``: counters of one pass of each row tile.
 
-    With ``uniform`` (every block row holds the same types, as in a dense machine) one row is simulated for all: rows that are
-    alike do the same in every cycle, and a multicast serves them together.
+    With ``uniform`` (all blocks have one type and none is pruned, as in a dense machine) nothing is simulated: rows that are
+    alike do the same in every cycle, a multicast serves them together, and one row has a closed form (`uniform_counters`).
     """
     if not uniform:
         return run_passes(np.require(types, np.uint8, ("C", "W")), order, config)
-    groups, m_blocks, _ = types.shape
-    one = run_passes(np.array(types[:1, :1]), np.zeros((1, 1), np.int64), config._replace(rows=1))[0]
+    groups, m_blocks, k_blocks = types.shape
+    occupancy = config.dense_cycles if types[0, 0, 0] == DENSE else config.unified_cycles
+    begins = range(0, k_blocks, config.segment_words)
+    segments = [
+        uniform_counters(min(config.segment_words, k_blocks - begin), occupancy, config) for begin in begins
+    ]
+    one = np.array(segments, np.int64)
+    one[:, COUNTERS.index("dense" if types[0, 0, 0] == DENSE else "unified")] = one[:, _LATCHES]
     n_tiles = -(-m_blocks // config.rows)
     live = np.full(n_tiles, config.rows, np.int64)
     live[-1] = m_blocks - (n_tiles - 1) * config.rows
-    per_pass = [COUNTERS.index(name) for name in ("cycles", "words")]
     tiles = one * live[:, None, None]
-    tiles[:, :, per_pass] = one[:, :, per_pass]
-    missing = config.rows - live
-    tiles[:, :, COUNTERS.index("imbalance")] += missing[:, None] * one[:, :, 0]
+    tiles[:, :, _PER_PASS] = one[:, _PER_PASS]
+    tiles[:, :, COUNTERS.index("imbalance")] += (config.rows - live)[:, None] * one[:, 0]
     return np.repeat(tiles[None], groups, axis=0)
+
+
+_PER_PASS = [COUNTERS.index(name) for name in ("cycles", "words")]
+_LATCHES = COUNTERS.index("latches")
+
+
+def uniform_counters(words: int, occupancy: int, config: PassConfig) -> list[int]:
+    """Counters of one row and one segment of ``words`` block columns, none pruned, each of the same occupancy; in closed form.
+
+    The front end pushes one block per cycle, and with a queue of one entry one every other cycle, since a push waits for the
+    grant before it; the PE takes one every ``occupancy`` cycles. Three cycles go before the first block: scan, fetch, accept.
+    Block types (``unified``, ``dense``) are left 0.
+
+    Examples
+    --------
+    >>> from hwsim.kernels.passes import PassConfig
+    >>> uniform_counters(5, 2, PassConfig(1, 8, 4, 16, 2, 4, 100))[0]
+    13
+    """
+    apart = occupancy if config.queue_depth > 1 else max(occupancy, 2)
+    cycles = 3 + (words - 1) * apart + occupancy
+    short = min(words, config.skip_window)
+    counts = dict.fromkeys(COUNTERS, 0) | {
+        "cycles": cycles,
+        "words": words,
+        "latches": words,
+        "scanned": words,
+        "examined": (words - short) * config.skip_window + short * (short + 1) // 2,
+        "busy": words * occupancy,
+        "accept": cycles - words * occupancy - 2,
+        "fetch": 1,
+        "starved": 1,
+    }
+    return list(counts.values())
 
 
 def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = "network") -> Report:
@@ -186,7 +239,7 @@ def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = 
         machine = load_machine(machine)
     check_layers(layers, "simulate")
     technology = load_technology(machine.technology.table)
-    dense_machine, equal_machine = _baselines(machine, technology)
+    dense_machine, equal_machine = machine.without_features(), dense_at_equal_area(machine, technology)
     lowered = lower_machine(machine)
     runs = [_run_layer(layer, machine, lowered) for layer in layers]
     rows = [_layer_row(run, machine) for run in runs]
@@ -196,10 +249,11 @@ def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = 
     warnings += problem
     equal_runs, problem = _dense_runs(shapes, equal_machine)
     warnings += problem
-    energy = layer_energy(_events(runs, machine), machine, technology)
-    dense_energy = (
-        layer_energy(_events(dense_runs, dense_machine), dense_machine, technology) if dense_runs else None
-    )
+    events, dense_events = _events(runs, machine), _events(dense_runs, dense_machine)
+    energy = layer_energy(EventCounts(*events.T), machine, technology)
+    dense_energy = None
+    if dense_runs:
+        dense_energy = layer_energy(EventCounts(*dense_events.T), dense_machine, technology)
     _add_baselines(rows, dense_runs, equal_runs)
     for index, row in enumerate(rows):
         row["energy_pj"] = float(energy[index].sum())
@@ -212,18 +266,16 @@ def simulate(machine: Machine | str, layers: Sequence[Layer], *, network: str = 
         machine=machine,
         equal_area_machine=equal_machine,
         layer_rows=rows,
+        energy_pj=network_energy(events, machine, technology),
+        dense_energy_pj=network_energy(dense_events, dense_machine, technology)
+        if dense_runs
+        else float("nan"),
         energy=_long_energy(names, energy, dense_energy),
         storage=_long_storage(names, runs),
         area_mm2=machine_area(machine, technology),
         equal_area_mm2=sum(machine_area(equal_machine, technology).values()),
         warnings=tuple(dict.fromkeys(warnings)),
     )
-
-
-@lru_cache(maxsize=256)
-def _baselines(machine: Machine, technology: Technology) -> tuple[Machine, Machine]:
-    off = {"features.skip_pruned": False, "features.unified_path": False, "features.row_balance": "none"}
-    return machine.with_fields(off), dense_at_equal_area(machine, technology)
 
 
 def check_layers(layers: Sequence[Layer], source: str) -> None:
@@ -251,14 +303,15 @@ def _dense_runs(shapes: tuple[LayerShape, ...], machine: Machine) -> tuple[list[
         unnamed = replace(shape, name="")
         try:
             if unnamed not in known:
-                known[unnamed] = _run_layer(_dense_layer(shape, machine.array.block), machine, lowered)
+                known[unnamed] = _run_layer(dense_layer(shape, machine.array.block), machine, lowered)
         except FitError as error:
-            return [], [f"the dense baseline cannot run this network, its speed-up is not a number: {error}"]
+            return [], [no_baseline(str(error))]
         runs.append(known[unnamed])
     return runs, []
 
 
-def _dense_layer(shape: LayerShape, block: tuple[int, int]) -> Layer:
+def dense_layer(shape: LayerShape, block: tuple[int, int]) -> Layer:
+    """The uncompressed layer."""
     types = np.broadcast_to(np.uint8(DENSE), (shape.groups, *shape.blocks(block)))
     return Layer(shape, block, types)
 
@@ -266,62 +319,99 @@ def _dense_layer(shape: LayerShape, block: tuple[int, int]) -> Layer:
 def _overflow_warnings(rows: list[dict[str, Any]], machine: Machine) -> list[str]:
     has = machine.precision.accumulator_bits
     return [
-        f"layer {row['layer']} can overflow: its worst sum needs {row['accumulator_bits_needed']} accumulator bits, "
-        f"the machine has {has}; sums wrap"
+        overflow_warning(row["layer"], row["accumulator_bits_needed"], has)
         for row in rows
         if row["accumulator_bits_needed"] is not None and row["accumulator_bits_needed"] > has
     ]
 
 
-def _events(runs: list[LayerRun], machine: Machine) -> EventCounts:
-    columns: dict[str, list[int]] = {}
-    for run in runs:
-        for name, value in layer_events(run, machine).items():
-            columns.setdefault(name, []).append(value)
-    return EventCounts(**{name: np.array(values, np.int64) for name, values in columns.items()})
+def overflow_warning(layer: str, needed_bits: int, accumulator_bits: int) -> str:
+    """What is said of a layer whose sums can be wider than the accumulators."""
+    return (
+        f"layer {layer} can overflow: its worst sum needs {needed_bits} accumulator bits, the machine has "
+        f"{accumulator_bits}; sums wrap"
+    )
+
+
+def no_baseline(reason: str) -> str:
+    """What is said where the dense baseline does not fit its machine."""
+    return f"the dense baseline cannot run this network, its speed-up is not a number: {reason}"
+
+
+def _events(runs: list[LayerRun], machine: Machine) -> NDArray[np.int64]:
+    """``int64[layers, events]``, in the order of `hwsim.energy.EVENTS`."""
+    return np.array([list(layer_events(run, machine).values()) for run in runs], np.int64)
 
 
 def layer_events(run: LayerRun, machine: Machine) -> dict[str, int]:
     """What one layer does, by the names of `hwsim.energy.EventCounts`."""
-    shape, mapping, precision = run.layer.shape, run.mapping, machine.precision
-    g_o, g_k = machine.array.block
-    _, unified, dense = run.blocks.sum(axis=(0, 1)).tolist()
-    unified_passes, dense_passes = run.totals["unified"], run.totals["dense"]
-    words_filled = mapping.totals["filled_words"]
+    totals = run.mapping.totals
+    per_unit, constant = event_weights(run.blocks, run.layer.shape, machine)
+    events = (
+        np.array([*run.totals.values(), totals["filled_words"], *_loaded_bytes(run)]) @ per_unit + constant
+    )
+    events[INPUT_BITS] = totals["load_input_bytes"] * 8
+    events[DRAM_BITS] = run.mapping.traffic_bytes * 8
+    events[CYCLES] = run.mapping.latency_cycles
+    return dict(zip(EVENTS, events.tolist(), strict=True))
+
+
+_LOADED = tuple(f"{name}_bytes_loaded" for name in STREAMS)
+_COUNTED = (*COUNTERS, "filled_words", *_LOADED)
+"""What the events of a layer follow from, besides what its DRAM channel decides."""
+
+
+def event_weights(
+    blocks: NDArray[np.int64], shape: LayerShape, machine: Machine
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``(int64[counted, events], int64[events])``: the events of a layer are linear in what was counted of it.
+
+    ``events = counted @ weights + constant``, with the counters of all passes, the words filled and the bytes loaded into the
+    four weight memories. Cycles, DRAM bits and bits written to the activation buffer depend on the channel and are left 0.
+
+    Parameters
+    ----------
+    blocks : int64 array ``[G, Mb, 3]``
+        Of `hwsim.lowering.effective_counts`.
+    shape : LayerShape
+    machine : Machine
+    """
+    precision = machine.precision
+    n = machine.array.block[0] * machine.array.block[1]
+    _, unified, dense = blocks.sum(axis=(0, 1)).tolist()
     outputs = shape.out_channels * shape.n
-    loaded = _loaded_bytes(run) * 8
-    input_bytes = mapping.totals["load_input_bytes"]
-    return {
+    per_unit: dict[str, tuple[str, int]] = {
+        "latches": ("latches", 1),
+        "words_read": ("words", 1),
+        "words_filled": ("filled_words", 1),
+        "codes_examined": ("examined", 0 if machine.is_dense else 1),
+        "type_bits_read": ("scanned", type_code_bits(blocks, machine)),
+        "sign_bits_read": ("unified", n),
+        "magnitude_bits_read": ("unified", precision.magnitude_bits),
+        "dense_bits_read": ("dense", n * precision.weight_bits),
+        **{f"{name}_bits_written": (loaded, 8) for name, loaded in zip(STREAMS, _LOADED, strict=True)},
+        "activation_bits_read": ("filled_words", machine.word_bits),
+    }
+    constant = {
         "dense_column_blocks": dense * shape.n,
         "unified_column_blocks": unified * shape.n,
-        "latches": run.totals["latches"],
-        "words_read": run.totals["words"],
-        "words_filled": words_filled,
-        "codes_examined": 0 if machine.is_dense else run.totals["examined"],
-        "type_bits_read": run.totals["scanned"] * type_code_bits(run.blocks, machine),
-        "sign_bits_read": unified_passes * g_o * g_k,
-        "magnitude_bits_read": unified_passes * precision.magnitude_bits,
-        "dense_bits_read": dense_passes * g_o * g_k * precision.weight_bits,
-        **{f"{name}_bits_written": int(bits) for name, bits in zip(STREAMS, loaded, strict=True)},
-        "activation_bits_written": input_bytes * 8,
-        "activation_bits_read": words_filled * machine.word_bits,
         "output_bits_written": outputs * precision.activation_bits,
         "output_bits_read": outputs * precision.activation_bits,
         "outputs_requantised": outputs,
-        "dram_bits": mapping.traffic_bytes * 8,
-        "cycles": mapping.latency_cycles,
     }
+    weights = np.zeros((len(_COUNTED), len(EVENTS)), np.int64)
+    for event, (counted, weight) in per_unit.items():
+        weights[_COUNTED.index(counted), EVENTS.index(event)] = weight
+    return weights, np.array([constant.get(event, 0) for event in EVENTS], np.int64)
 
 
-def _loaded_bytes(run: LayerRun) -> NDArray[np.int64]:
-    """``int64[4]``: bytes that each weight memory was loaded with over the layer."""
+def _loaded_bytes(run: LayerRun) -> list[int]:
+    """Bytes that each weight memory was loaded with over the layer."""
     loads = run.mapping.loads
-    if (loads == loads[0, 0]).all():
-        return run.sizes.stream_bytes.sum(axis=(0, 1)) * loads[0, 0]
     groups, m_blocks = run.order.shape
     per_slot = np.repeat(loads, run.rows, axis=1)[:, :m_blocks]
     executed = run.sizes.stream_bytes[np.arange(groups)[:, None], run.order]
-    return (executed * per_slot[:, :, None]).sum(axis=(0, 1))
+    return (executed * per_slot[:, :, None]).sum(axis=(0, 1)).tolist()
 
 
 def _layer_row(run: LayerRun, machine: Machine) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from functools import lru_cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -47,6 +47,7 @@ __all__ = [
     "leakage_density_between_nodes",
     "load_technology",
     "memory_macro",
+    "remembered",
     "technology_names",
     "wire_energy_between_supplies",
 ]
@@ -485,6 +486,30 @@ class Technology(BaseModel):
     def to_json(self) -> str:
         """The resolved table as canonical JSON (sorted keys): stored with results and hashed."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+class _Remembered:
+    """A technology that works out each figure once: sweeps ask for the same few adders and memories again and again."""
+
+    def __init__(self, technology: Technology) -> None:
+        self._technology = technology
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._technology, name)
+        if callable(value):
+            value = lru_cache(maxsize=65536)(value)
+        setattr(self, name, value)
+        return value
+
+
+@lru_cache(maxsize=16)
+def _remembered(technology: Technology) -> _Remembered:
+    return _Remembered(technology)
+
+
+def remembered(technology: Technology) -> Technology:
+    """The same technology, its figures worked out once each."""
+    return technology if isinstance(technology, _Remembered) else cast(Technology, _remembered(technology))
 
 
 def technology_names() -> list[str]:

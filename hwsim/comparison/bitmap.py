@@ -10,7 +10,7 @@ the densest with the sparsest, chunk by chunk. Not taken: zero activations. No m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
@@ -188,11 +188,8 @@ def run_bitmap(array: BitmapArray, patterns: Sequence[Pattern], technology: Tech
     """Layers whose kept weights lie where ``patterns`` say, on a bitmap array."""
     lowered = lower_machine(array.machine)
     # no operand store, so no segments, and a fill is part of the chunk's arrival
-    lowered = LoweredMachine(
-        lowered.pass_config,
-        lowered.step_config._replace(segment_words=2**40, fill_words=2**40),
-        lowered.row_share_bytes,
-        lowered.activation_bits_capacity,
+    lowered = replace(
+        lowered, step_config=lowered.step_config._replace(segment_words=2**40, fill_words=2**40)
     )
     return MachineCost(
         array=f"{array.units}x{array.clusters}",

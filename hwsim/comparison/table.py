@@ -155,8 +155,8 @@ class Comparison:
 def _layer_row(layer: LayerCost, machine: Machine) -> dict[str, Any]:
     row = asdict(layer)
     parts = row.pop("energy_pj")
-    config = lower_machine(machine).step_config
-    channel_cycles = -(-layer.dram_bytes * config.dram_cycles // config.dram_bytes)
+    channel = lower_machine(machine).channel
+    channel_cycles = -(-layer.dram_bytes * channel.dram_cycles // channel.dram_bytes)
     row["overlap_bound_cycles"] = max(layer.compute_cycles, channel_cycles)
     return row | {"energy_pj": sum(parts.values())} | {f"{name}_pj": value for name, value in parts.items()}
 

@@ -1,7 +1,9 @@
 """Steps of a layer: how row tiles and column tiles are grouped, and what the chain of passes and transfers costs.
 
-Both kernels take integers only. Units of columns are output rows or, where one output row does not fit, single column tiles
-(``split``); a column group is a run of units. See docs/microarchitecture.md, "A layer".
+The kernels take integers only: `plan_steps` groups, `work_of_steps` says what each step computes and which bytes it moves,
+whatever the DRAM, and `time_steps` what that takes over one channel. Units of columns are output rows or, where one output row
+does not fit, single column tiles (``split``); a column group is a run of units. See
+docs/microarchitecture.md, "A layer".
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ from numba import njit
 from numpy.typing import NDArray
 
 __all__ = [
+    "INPUT_LOAD",
     "STEP_FIELDS",
+    "Channel",
     "ColumnUnits",
     "StepConfig",
     "StepPlan",
     "Tiles",
-    "cost_steps",
+    "bus_bytes",
     "plan_steps",
+    "time_steps",
     "transfer_cycles",
     "widest_unit_bits",
+    "work_of_steps",
 ]
 
 STEP_FIELDS = (
@@ -39,7 +45,7 @@ STEP_FIELDS = (
     "filled_words",
     "step_cycles",
 )
-"""Columns of the array that `cost_steps` returns. Loads are those that the step itself needs, done in the step before."""
+"""Columns of the array that `time_steps` returns. Loads are those that the step itself needs, done in the step before."""
 (
     _PASS,
     _FILL_STALL,
@@ -55,10 +61,11 @@ STEP_FIELDS = (
     _FILLED,
     _STEP,
 ) = range(13)
+WEIGHT_LOAD, INPUT_LOAD, STREAM, STORE = range(4)
 
 
 class StepConfig(NamedTuple):
-    """Integers of a machine that the steps need; ``dram_cycles / dram_bytes`` is the exact time of a byte."""
+    """Integers of a machine that the steps need, all but the DRAM channel."""
 
     columns: int
     segment_words: int
@@ -66,6 +73,11 @@ class StepConfig(NamedTuple):
     drain_words: int
     activation_bits: int
     output_half_bits: int
+
+
+class Channel(NamedTuple):
+    """The DRAM channel; ``dram_cycles / dram_bytes`` is the exact time of a byte."""
+
     burst_bytes: int
     dram_cycles: int
     dram_bytes: int
@@ -126,16 +138,16 @@ class ColumnUnits(NamedTuple):
     element_bits: int
 
 
-@njit(cache=True, nogil=True)
-def transfer_cycles(size_bytes, config):  # type: ignore[no-untyped-def]
-    """Cycles of one transfer: whole bursts at the channel's exact rate, rounded up; 0 bytes take 0."""
-    bursts = (size_bytes + config.burst_bytes - 1) // config.burst_bytes
-    return (bursts * config.burst_bytes * config.dram_cycles + config.dram_bytes - 1) // config.dram_bytes
+@njit(cache=True, nogil=True, error_model="numpy")
+def bus_bytes(size_bytes, channel):  # type: ignore[no-untyped-def]
+    """Bytes that a transfer occupies the channel with: whole bursts."""
+    return (size_bytes + channel.burst_bytes - 1) // channel.burst_bytes * channel.burst_bytes
 
 
-@njit(cache=True, nogil=True)
-def _bus_bytes(size_bytes, config):  # type: ignore[no-untyped-def]
-    return (size_bytes + config.burst_bytes - 1) // config.burst_bytes * config.burst_bytes
+@njit(cache=True, nogil=True, error_model="numpy")
+def transfer_cycles(bus, channel):  # type: ignore[no-untyped-def]
+    """Cycles of a transfer of so many `bus_bytes` at the channel's exact rate, rounded up; 0 bytes take 0."""
+    return (bus * channel.dram_cycles + channel.dram_bytes - 1) // channel.dram_bytes
 
 
 @njit(cache=True, nogil=True)
@@ -261,26 +273,39 @@ def plan_steps(tiles, units, plan, config):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _weight_load(tiles, group, first, last, config, chosen):  # type: ignore[no-untyped-def]
-    """``(cycles, bytes)`` of the weights of row tiles ``first … last - 1``: one transfer per contiguous range and part."""
+def _add(moved, n, phase, kind, size, count):  # type: ignore[no-untyped-def]
+    """Note ``count`` transfers of ``size`` bytes; returns the list, which may have moved, and its new length."""
+    if size == 0 or count == 0:
+        return moved, n
+    if n > 0 and moved[n - 1, 0] == phase and moved[n - 1, 1] == kind and moved[n - 1, 2] == size:
+        moved[n - 1, 3] += count
+        return moved, n
+    if n == moved.shape[0]:
+        larger = np.empty((2 * n, 4), np.int64)
+        larger[:n] = moved
+        moved = larger
+    moved[n, 0], moved[n, 1], moved[n, 2], moved[n, 3] = phase, kind, size, count
+    return moved, n + 1
+
+
+@njit(cache=True, nogil=True)
+def _weight_ranges(tiles, group, first, last, chosen, moved, n, phase, kind, count):  # type: ignore[no-untyped-def]
+    """The weights of row tiles ``first … last - 1``: one transfer per contiguous range and part."""
     m_blocks = tiles.order.shape[1]
     begin, end = first * tiles.rows, min(last * tiles.rows, m_blocks)
     chosen[:] = False
     for i in range(begin, end):
         chosen[tiles.order[group, i]] = True
-    order_bytes = tiles.order_bytes * (end - begin)
-    cycles = transfer_cycles(order_bytes, config)
-    bus = _bus_bytes(order_bytes, config)
+    moved, n = _add(moved, n, phase, kind, tiles.order_bytes * (end - begin), count)
     for part in range(tiles.row_bytes.shape[2]):
         size = np.int64(0)
         for row in range(m_blocks + 1):
             if row < m_blocks and chosen[row]:
                 size += tiles.row_bytes[group, row, part]
             elif size > 0:
-                cycles += transfer_cycles(size, config)
-                bus += _bus_bytes(size, config)
+                moved, n = _add(moved, n, phase, kind, size, count)
                 size = np.int64(0)
-    return cycles, bus
+    return moved, n
 
 
 @njit(cache=True, nogil=True)
@@ -299,14 +324,8 @@ def _mark(units, first, last, seen, stamp):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _range_load(columns, units, config):  # type: ignore[no-untyped-def]
-    size = (columns * units.element_bits + 7) // 8
-    return transfer_cycles(size, config), _bus_bytes(size, config)
-
-
-@njit(cache=True, nogil=True)
-def _input_load(units, u0, u1, v0, v1, seen, held, stamp, config):  # type: ignore[no-untyped-def]
-    """``(cycles, bytes)`` of the input of units ``u0 … u1 - 1`` that units ``v0 … v1 - 1`` did not leave resident.
+def _input_ranges(units, u0, u1, v0, v1, seen, held, stamp, moved, n, phase):  # type: ignore[no-untyped-def]
+    """The input of units ``u0 … u1 - 1`` that units ``v0 … v1 - 1`` did not leave resident.
 
     Whole adjacent rows are one contiguous range; a part of a row is a range of its own.
     """
@@ -314,7 +333,6 @@ def _input_load(units, u0, u1, v0, v1, seen, held, stamp, config):  # type: igno
     old_left, old_right = np.int64(0), np.int64(0)
     if v1 > v0:
         _, _, old_left, old_right = _mark(units, v0, v1, held, stamp)
-    cycles, bus = np.int64(0), np.int64(0)
     run = np.int64(0)
     for row in range(low, high + 1):
         needed = row < high and seen[row] == stamp
@@ -324,89 +342,124 @@ def _input_load(units, u0, u1, v0, v1, seen, held, stamp, config):  # type: igno
             run += units.width
             continue
         if run > 0:
-            c, b = _range_load(run, units, config)
-            cycles, bus, run = cycles + c, bus + b, np.int64(0)
+            moved, n = _add(moved, n, phase, INPUT_LOAD, (run * units.element_bits + 7) // 8, 1)
+            run = np.int64(0)
         if needed and not resident and right > left:
-            c, b = _range_load(right - left, units, config)
-            cycles, bus = cycles + c, bus + b
+            size = ((right - left) * units.element_bits + 7) // 8
+            moved, n = _add(moved, n, phase, INPUT_LOAD, size, 1)
         elif resident:
             if min(right, old_left) > left:
-                c, b = _range_load(min(right, old_left) - left, units, config)
-                cycles, bus = cycles + c, bus + b
+                size = ((min(right, old_left) - left) * units.element_bits + 7) // 8
+                moved, n = _add(moved, n, phase, INPUT_LOAD, size, 1)
             if right > max(left, old_right):
-                c, b = _range_load(right - max(left, old_right), units, config)
-                cycles, bus = cycles + c, bus + b
-    return cycles, bus
+                size = ((right - max(left, old_right)) * units.element_bits + 7) // 8
+                moved, n = _add(moved, n, phase, INPUT_LOAD, size, 1)
+    return moved, n
 
 
 @njit(cache=True, nogil=True)
-def cost_steps(tiles, units, steps, plan, whole_cycles, whole_bytes, config):  # type: ignore[no-untyped-def]
-    """Cycles and traffic of every step, and how often each row tile passes.
+def work_of_steps(tiles, units, steps, plan, whole_weights, whole_inputs, config):  # type: ignore[no-untyped-def]
+    """What the steps compute and move, whatever the DRAM.
 
     Parameters
     ----------
     tiles, units, steps, plan, config
         As for `plan_steps`, with its result.
-    whole_cycles, whole_bytes : int64 ``[2]``
-        Loads of weights and inputs that are held whole, done before the first step; 0 where they are not.
+    whole_weights, whole_inputs : int64 ``[any]``
+        Bytes of the transfers that load weights and inputs held whole, before the first step; empty where they are not.
 
     Returns
     -------
-    int64 ``[steps, 13]``
-        See `STEP_FIELDS`.
+    int64 ``[steps, 4]``
+        Cycles of the passes, of fill stalls and of drain stalls, and words filled.
+    int64 ``[transfers, 4]``
+        Phase, kind (`WEIGHT_LOAD`, `INPUT_LOAD`, `STREAM`, `STORE`), bytes, and how many of them. Phase 0 is before the first
+        step, phase ``i + 1`` step i, the last one after the last step: what step i needs is loaded in phase i, what it
+        produced is stored in phase ``i + 2``.
     int64 ``[G, T]``
         Passes of each row tile.
     int64 ``[G, T]``
         How often each row tile's weights were loaded.
     """
-    n = steps.shape[0]
-    cost = np.zeros((n, 13), np.int64)
+    n_steps = steps.shape[0]
+    work = np.zeros((n_steps, 4), np.int64)
     passes = np.zeros(tiles.channels.shape, np.int64)
     loads = np.zeros(tiles.channels.shape, np.int64)
     seen = np.full(max(units.input_rows, 1), -1, np.int64)
     held = np.full(max(units.input_rows, 1), -1, np.int64)
     chosen = np.zeros(tiles.order.shape[1], np.bool_)
-    for i in range(n):
+    moved = np.empty((64, 4), np.int64)
+    n = np.int64(0)
+    for size in whole_weights:
+        moved, n = _add(moved, n, 0, WEIGHT_LOAD, size, 1)
+    for size in whole_inputs:
+        moved, n = _add(moved, n, 0, INPUT_LOAD, size, 1)
+    for i in range(n_steps):
         group, t0, t1, u0, u1 = steps[i, 0], steps[i, 1], steps[i, 2], steps[i, 3], steps[i, 4]
-        first_of_all = i == 0
-        same_group = not first_of_all and steps[i - 1, 0] == group
+        same_group = i > 0 and steps[i - 1, 0] == group
         same_rows = same_group and steps[i - 1, 1] == t0 and steps[i - 1, 2] == t1
         same_columns = same_group and steps[i - 1, 3] == u0 and steps[i - 1, 4] == u1
-        if first_of_all:
-            cost[i, _LOAD_W], cost[i, _LOAD_W_BYTES] = whole_cycles[0], whole_bytes[0]
-            cost[i, _LOAD_A], cost[i, _LOAD_A_BYTES] = whole_cycles[1], whole_bytes[1]
         if plan.weight_limited and not same_rows:
-            cost[i, _LOAD_W], cost[i, _LOAD_W_BYTES] = _weight_load(tiles, group, t0, t1, config, chosen)
+            moved, n = _weight_ranges(tiles, group, t0, t1, chosen, moved, n, i, WEIGHT_LOAD, 1)
             for t in range(t0, t1):
                 loads[group, t] += 1
         if plan.input_half_bits >= 0 and not same_columns:
             v0, v1 = np.int64(0), np.int64(0)
             if same_group:
                 v0, v1 = steps[i - 1, 3], steps[i - 1, 4]
-            cost[i, _LOAD_A], cost[i, _LOAD_A_BYTES] = _input_load(
-                units, u0, u1, v0, v1, seen, held, i, config
-            )
+            moved, n = _input_ranges(units, u0, u1, v0, v1, seen, held, i, moved, n, i)
         outputs = _channels(tiles, group, t0, t1) * _positions(units, u0, u1)
-        size = (outputs * config.activation_bits + 7) // 8
-        cost[i, _STORE], cost[i, _STORE_BYTES] = transfer_cycles(size, config), _bus_bytes(size, config)
-    _chain(tiles, units, steps, plan, config, cost, passes, chosen)
-    for i in range(n):
-        memory = cost[i, _STREAM]
-        if i + 1 < n:
-            memory += cost[i + 1, _LOAD_W] + cost[i + 1, _LOAD_A]
-        if i > 0:
-            memory += cost[i - 1, _STORE]
-        time = cost[i, _PASS] + cost[i, _FILL_STALL] + cost[i, _DRAIN_STALL]
-        cost[i, _STEP] = max(time, memory)
+        moved, n = _add(moved, n, i + 2, STORE, (outputs * config.activation_bits + 7) // 8, 1)
+        if plan.streamed:
+            column_tiles = (_positions(units, u0, u1) + config.columns - 1) // config.columns
+            for t in range(t0, t1):
+                moved, n = _weight_ranges(
+                    tiles, group, t, t + 1, chosen, moved, n, i + 1, STREAM, column_tiles
+                )
+    _chain(tiles, units, steps, config, work, passes)
     if plan.streamed:
         loads[:] = passes
     elif not plan.weight_limited:
         loads[:] = 1
-    return cost, passes, loads
+    return work, moved[:n].copy(), passes, loads
 
 
 @njit(cache=True, nogil=True)
-def _chain(tiles, units, steps, plan, config, cost, passes, chosen):  # type: ignore[no-untyped-def]
+def time_steps(work, moved, channel):  # type: ignore[no-untyped-def]
+    """``int64[steps, 13]``: cycles and traffic of every step over one channel (`STEP_FIELDS`).
+
+    Parameters
+    ----------
+    work, moved
+        Of `work_of_steps`.
+    channel : Channel
+    """
+    n = work.shape[0]
+    cost = np.zeros((n, 13), np.int64)
+    cost[:, _PASS], cost[:, _FILL_STALL] = work[:, 0], work[:, 1]
+    cost[:, _DRAIN_STALL], cost[:, _FILLED] = work[:, 2], work[:, 3]
+    memory = np.zeros(n + 2, np.int64)
+    for i in range(moved.shape[0]):
+        phase, kind, count = moved[i, 0], moved[i, 1], moved[i, 3]
+        bus = bus_bytes(moved[i, 2], channel)
+        cycles = count * transfer_cycles(bus, channel)
+        memory[phase] += cycles
+        step, field = phase, _LOAD_W
+        if kind == INPUT_LOAD:
+            field = _LOAD_A
+        elif kind == STREAM:
+            step, field = phase - 1, _STREAM
+        elif kind == STORE:
+            step, field = phase - 2, _STORE
+        cost[step, field] += cycles
+        cost[step, field + 1] += count * bus
+    for i in range(n):
+        cost[i, _STEP] = max(work[i, 0] + work[i, 1] + work[i, 2], memory[i + 1])
+    return cost
+
+
+@njit(cache=True, nogil=True)
+def _chain(tiles, units, steps, config, work, passes):  # type: ignore[no-untyped-def]
     """Walk the passes of the layer in order: fills overlap the segment before, drains the pass after."""
     segments = tiles.cycles.shape[2]
     words = np.empty(segments, np.int64)
@@ -415,8 +468,8 @@ def _chain(tiles, units, steps, plan, config, cost, passes, chosen):  # type: ig
         words[s] = min(config.segment_words, tiles.k_blocks - s * config.segment_words)
         fill[s] = (words[s] + config.fill_words - 1) // config.fill_words
     # The first fill and the last drain overlap nothing.
-    cost[0, _FILL_STALL] += fill[0]
-    cost[0, _FILLED] += words[0]
+    work[0, 1] += fill[0]
+    work[0, 3] += words[0]
     drain = np.int64(0)
     n = steps.shape[0]
     for i in range(n):
@@ -424,11 +477,6 @@ def _chain(tiles, units, steps, plan, config, cost, passes, chosen):  # type: ig
         start = units.start[u0]
         positions = _positions(units, u0, u1)
         column_tiles = (positions + config.columns - 1) // config.columns
-        if plan.streamed:
-            for t in range(t0, t1):
-                cycles, bus = _weight_load(tiles, group, t, t + 1, config, chosen)
-                cost[i, _STREAM] += column_tiles * cycles
-                cost[i, _STREAM_BYTES] += column_tiles * bus
         for tile in range(column_tiles):
             live_columns = min(config.columns, positions - tile * config.columns)
             for t in range(t0, t1):
@@ -459,11 +507,11 @@ def _chain(tiles, units, steps, plan, config, cost, passes, chosen):  # type: ig
                     next_fill = np.int64(0)
                     if following >= 0:
                         next_fill = fill[following]
-                        cost[i, _FILLED] += words[following]
-                    cost[i, _PASS] += own
-                    cost[i, _FILL_STALL] += max(next_fill - own, 0)
+                        work[i, 3] += words[following]
+                    work[i, 0] += own
+                    work[i, 1] += max(next_fill - own, 0)
                     total += max(own, next_fill)
-                cost[i, _DRAIN_STALL] += max(drain - total, 0)
+                work[i, 2] += max(drain - total, 0)
                 outputs = tiles.channels[group, t] * live_columns
                 drain = (outputs + config.drain_words - 1) // config.drain_words
-    cost[n - 1, _DRAIN_STALL] += drain
+    work[n - 1, 2] += drain
