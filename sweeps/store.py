@@ -8,6 +8,9 @@ digest of its content, so a damaged part is recognised and never read as a resul
 a file lock that the kernel drops when its holder dies; in its turn a writer looks at what others have
 written, so the same point is never stored twice.
 
+Many small parts become few large ones (`ResultStore.compact`): the merged part names those that it stands for, and from the
+moment at which it is there they no longer count; whoever writes next removes what a crash left of them.
+
 Every folder is also plain Parquet: ``pandas.read_parquet("results/points")`` reads it without this module.
 """
 
@@ -23,11 +26,11 @@ import platform
 import re
 import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -114,8 +117,13 @@ _EMPTY = {name: pa.schema(columns).empty_table() for name, columns in TABLES.ite
 _DETAILS = ("layers", "energy", "storage")
 _ORDER = ("network", "block_rows", "block_columns", "pruned", "unified", "hold", "machine", "seed", "key")
 _METADATA_KEY = b"hwsim.store_schema"
+_REPLACES_KEY = b"hwsim.replaces"
 _PART = re.compile(r"(?P<batch>\d{20}-[0-9a-f]{8})\.[0-9a-f]{16}\.parquet")
 _LOCK_SECONDS = 60.0
+_PARTS_TO_MERGE = 64
+_LARGE_BYTES = 64 * 2**20
+_TRIES = 5
+Result = TypeVar("Result")
 _PACKAGES = ("hwsim", "numpy", "numba", "torch", "pandas", "pyarrow")
 
 
@@ -154,6 +162,8 @@ class ResultStore:
         self._buffered: set[str] = set()
         self._stored: set[str] = set()
         self._seen: set[str] = set()
+        self._replaced: set[str] = set()
+        self._written = 0
         self._flushed = time.monotonic()
         if self.path.exists() and not self.path.is_dir():
             raise InputError(
@@ -200,7 +210,26 @@ class ResultStore:
             The flush that fell due could not be written; the points stay buffered.
         """
         rows = {"points": points, "layers": layers, "energy": energy, "storage": storage}
-        batch, schemas = _batch(rows, self._schemas, str(self.path))
+        problems: list[Problem] = []
+        batch = {name: _table(name, rows[name], problems) for name in TABLES}
+        return self._append(batch, problems)
+
+    def append_tables(self, tables: Mapping[str, pa.Table]) -> int:
+        """The same for rows that are Arrow tables already: ``points``, and any of the detail tables.
+
+        Raises
+        ------
+        InputError, HwsimError
+            As `append`.
+        """
+        problems: list[Problem] = []
+        batch = {name: _checked(name, tables.get(name, _EMPTY[name]), problems) for name in TABLES}
+        return self._append(batch, problems)
+
+    def _append(self, batch: dict[str, pa.Table], problems: list[Problem]) -> int:
+        schemas = _fit_together(batch, self._schemas, problems)
+        if problems:
+            raise InputError(str(self.path), problems)
         keys = batch["points"]["key"].to_pylist()
         known = {key for key in keys if key in self._stored or key in self._buffered}
         self._batches.append({name: _without(table, known) for name, table in batch.items()})
@@ -228,10 +257,25 @@ class ResultStore:
                 whole = {name: _without(table, known) for name, table in whole.items()}
                 if whole["points"].num_rows:
                     self._write(whole)
+                    self._written += 1
+                    if self._written % _PARTS_TO_MERGE == 0:
+                        self._merge_parts()
             self._stored |= self._buffered
             self._buffered = set()
             self._batches = [_EMPTY]
         self._flushed = time.monotonic()
+
+    def compact(self) -> None:
+        """Merge small parts into large ones. A crash at any moment loses nothing, and leaves nothing there twice.
+
+        Raises
+        ------
+        HwsimError
+            The folder cannot be written or locked; the store is as it was.
+        """
+        if self._folder("points").is_dir():
+            with self._turn():
+                self._merge_parts()
 
     def close(self) -> None:
         """Write what is buffered. The object can still be used."""
@@ -245,8 +289,19 @@ class ResultStore:
         FormatError
             A part is damaged or of another version.
         """
-        self._look_at_new_parts(skip_damaged=False)
+        self._undisturbed(lambda: self._look_at_new_parts(skip_damaged=False))
         return set(self._stored)
+
+    def parts(self, table: str = "points") -> list[Path]:
+        """The Parquet files that hold a table now, for tools that read them on their own.
+
+        Raises
+        ------
+        FormatError
+            A part is damaged or of another version.
+        """
+        self.keys()
+        return list(self._parts(table).values())
 
     def to_frame(self, table: str = "points", columns: Sequence[str] | None = None) -> pd.DataFrame:
         """A table as a DataFrame, every point once, in an order that depends on the content only.
@@ -271,6 +326,20 @@ class ResultStore:
         FormatError
             A part is damaged or of another version.
         """
+        whole = self.to_arrow(table, columns)
+        allowed = [*TABLES[table], *sorted(set(whole.column_names) - set(TABLES[table]))]
+        order = _ORDER if table == "points" else _ORDER[-1:]
+        whole = whole.sort_by([(name, "ascending") for name in order])  # a stable sort
+        return whole.select(allowed if columns is None else list(columns)).to_pandas()
+
+    def to_arrow(self, table: str = "points", columns: Sequence[str] | None = None) -> pa.Table:
+        """The same as an Arrow table, unsorted; with ``columns`` it has those that `to_frame` sorts by too.
+
+        Raises
+        ------
+        InputError, FormatError
+            As `to_frame`.
+        """
         if table not in TABLES:
             raise InputError(
                 str(self.path), Problem("table", f'no table "{table}"', nearest_name(table, TABLES))
@@ -278,22 +347,15 @@ class ResultStore:
         if not self._folder("points").is_dir():
             hint = "`hwsim sweep` writes one; check the path"
             raise InputError(str(self.path), Problem("", "there is no result store here", hint))
-        repeated = self._repeated_keys()
         wanted = None if columns is None else dict.fromkeys([*columns, *_ORDER])
-        parts = [_EMPTY[table]]
-        for batch, path in self._parts(table).items():
-            if batch in repeated:
-                parts.append(_without(_read_part(path, wanted), repeated[batch]))
-        whole = _concat(parts)
+        whole = self._undisturbed(lambda: self._whole(table, wanted))
         allowed = [*TABLES[table], *sorted(set(whole.column_names) - set(TABLES[table]))]
         if unknown := [name for name in columns or () if name not in allowed]:
             problems = [
                 Problem("columns", f'no column "{name}"', nearest_name(name, allowed)) for name in unknown
             ]
             raise InputError(f"{self.path}: table {table}", problems)
-        order = _ORDER if table == "points" else _ORDER[-1:]
-        whole = whole.sort_by([(name, "ascending") for name in order])  # a stable sort
-        return whole.select(allowed if columns is None else list(columns)).to_pandas()
+        return whole
 
     def record_run(self, configuration: Mapping[str, Any]) -> None:
         """Note in ``manifest.json`` with which resolved configuration and versions results are written.
@@ -344,28 +406,56 @@ class ResultStore:
         return self.path / table
 
     def _parts(self, table: str) -> dict[str, Path]:
-        """Parts of a table by the name of their batch, in the order of the names."""
+        """Parts of a table by the name of their batch, in the order of the names, less those known to be merged into others."""
+        return {batch: path for batch, path in self._files(table).items() if batch not in self._replaced}
+
+    def _files(self, table: str) -> dict[str, Path]:
         folder = self._folder(table)
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         return {match["batch"]: folder / name for name in names if (match := _PART.fullmatch(name))}
 
+    def _undisturbed(self, read: Callable[[], Result]) -> Result:
+        """What ``read`` returns; once more if another process merged parts while it read them."""
+        for _ in range(_TRIES):
+            try:
+                return read()
+            except FileNotFoundError:
+                continue
+        raise HwsimError(
+            f"{self.path}: its parts change while they are read; try again when the sweep is done"
+        )
+
     def _look_at_new_parts(self, *, skip_damaged: bool) -> None:
-        for batch, path in self._parts("points").items():
+        for batch, path in self._files("points").items():
             if batch in self._seen:
                 continue
             try:
-                self._stored.update(_read_part(path, ["key"])["key"].to_pylist())
+                part = _read_part(path, ["key"])
             except FormatError:
                 if not skip_damaged:
                     raise
             else:
+                self._stored.update(part["key"].to_pylist())
+                self._replaced.update(_replaced_by(path))
                 self._seen.add(batch)
 
-    def _repeated_keys(self) -> dict[str, list[str]]:
+    def _whole(self, table: str, wanted: Collection[str] | None) -> pa.Table:
+        """All rows of a table, every point once."""
+        self._look_at_new_parts(skip_damaged=False)
+        repeated = self._repeated_keys()
+        parts = [_EMPTY[table]]
+        for batch, path in self._parts(table).items():
+            if batch in repeated:
+                parts.append(_without(_read_part(path, wanted), repeated[batch]))
+        return _concat(parts)
+
+    def _repeated_keys(self, *, skip_damaged: bool = False) -> dict[str, list[str]]:
         """For each batch the keys that an earlier batch has already."""
         seen: set[str] = set()
         repeated = {}
         for batch, path in self._parts("points").items():
+            if skip_damaged and batch not in self._seen:
+                continue
             keys = _read_part(path, ["key"])["key"].to_pylist()
             repeated[batch] = [key for key in keys if key in seen]
             seen.update(keys)
@@ -393,22 +483,52 @@ class ResultStore:
         """Remove half-written files and detail parts whose batch was cut off; only in this writer's turn."""
         for path in self.path.glob(".manifest.json.*.tmp"):
             path.unlink(missing_ok=True)
+        self._look_at_new_parts(skip_damaged=True)
         stored = self._parts("points").keys()
-        for table in TABLES:
-            cut_off = [path for batch, path in self._parts(table).items() if batch not in stored]
+        for table in ("points", *_DETAILS):  # points first: details without them do not count
+            cut_off = [path for batch, path in self._files(table).items() if batch not in stored]
             for path in (*self._folder(table).glob(".*.tmp"), *cut_off):
                 path.unlink(missing_ok=True)
 
-    def _write(self, batch: dict[str, pa.Table]) -> None:
+    def _merge_parts(self) -> None:
+        """Only in this writer's turn."""
+        self._look_at_new_parts(skip_damaged=True)
+        groups: list[list[str]] = [[]]
+        group_bytes = 0
+        files = {name: self._parts(name) for name in TABLES}
+        for batch in sorted(self._seen & files["points"].keys()):
+            size_bytes = sum(paths[batch].stat().st_size for paths in files.values() if batch in paths)
+            if size_bytes >= _LARGE_BYTES:
+                continue
+            if group_bytes + size_bytes > _LARGE_BYTES:
+                groups.append([])
+                group_bytes = 0
+            groups[-1].append(batch)
+            group_bytes += size_bytes
+        repeated = self._repeated_keys(skip_damaged=True) if any(len(group) > 1 for group in groups) else {}
+        for group in groups:
+            if len(group) > 1:
+                whole = {}
+                for name in TABLES:
+                    read = [(batch, files[name][batch]) for batch in group if batch in files[name]]
+                    tables = [_without(_read_part(path), repeated[batch]) for batch, path in read]
+                    whole[name] = _concat([_EMPTY[name], *tables])
+                self._write(whole, replaces=group)
+                self._replaced.update(group)
+        self._clear_leftovers()
+
+    def _write(self, batch: dict[str, pa.Table], replaces: Sequence[str] = ()) -> None:
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
         try:
             for table in (*_DETAILS, "points"):  # points last: with it the batch exists
                 if batch[table].num_rows:
-                    data = _encode(batch[table])
+                    data = _encode(batch[table], replaces)
                     write_atomically(self._folder(table) / f"{name}.{_digest(data)}.parquet", data)
         except HwsimError as error:
             with disk_errors(self.path):
                 self._clear_leftovers()
+            if replaces:
+                raise
             count = batch["points"].num_rows
             raise HwsimError(
                 f"{error}\n{count} finished points could not be written; those written before are whole. "
@@ -435,12 +555,10 @@ def _wait_for(lock: int, path: Path) -> None:
             time.sleep(0.01)
 
 
-def _batch(
-    rows: dict[str, Sequence[Mapping[str, Any]]], schemas: dict[str, pa.Schema], source: str
-) -> tuple[dict[str, pa.Table], dict[str, pa.Schema]]:
-    """The rows of one call as tables, and the schemas with their columns; or every problem that they have."""
-    problems: list[Problem] = []
-    batch = {name: _table(name, rows[name], problems) for name in TABLES}
+def _fit_together(
+    batch: dict[str, pa.Table], schemas: dict[str, pa.Schema], problems: list[Problem]
+) -> dict[str, pa.Schema]:
+    """The schemas with the columns of one call; what of the call does not fit together is noted."""
     keys = batch["points"]["key"].to_pylist()
     if len(set(keys)) < len(keys):
         problems.append(Problem("points.key", "a key is there twice in one call"))
@@ -455,9 +573,25 @@ def _batch(
             unified[name] = pa.unify_schemas([schemas[name], table.schema], promote_options="permissive")
         except pa.ArrowTypeError as error:
             problems.append(Problem(name, f"a column changed its type: {error}"))
-    if problems:
-        raise InputError(source, problems)
-    return batch, unified
+    return unified
+
+
+def _checked(name: str, table: pa.Table, problems: list[Problem]) -> pa.Table:
+    """An Arrow table with the columns and types of the store."""
+    columns = {}
+    for column in (*TABLES[name], *sorted(set(table.column_names) - TABLES[name].keys())):
+        wanted = TABLES[name].get(column)
+        if column not in table.column_names:
+            columns[column] = pa.nulls(table.num_rows, wanted)
+            continue
+        try:
+            columns[column] = _typed(table[column], wanted)
+        except (pa.ArrowException, ValueError) as error:
+            problems.append(Problem(f"{name}.{column}", str(error)))
+            columns[column] = pa.nulls(table.num_rows, wanted)
+    if columns["key"].null_count:
+        problems.append(Problem(f"{name}.key", "missing in a row"))
+    return pa.table({column: array for column, array in columns.items() if not pa.types.is_null(array.type)})
 
 
 def _table(name: str, rows: Sequence[Mapping[str, Any]], problems: list[Problem]) -> pa.Table:
@@ -478,7 +612,12 @@ def _table(name: str, rows: Sequence[Mapping[str, Any]], problems: list[Problem]
 
 def _array(values: list[Any], wanted: pa.DataType | None) -> pa.Array:
     """One column. What its type cannot hold exactly is refused, never rounded or converted."""
-    array = pa.array(values)  # its own type first: with a type given, pyarrow cuts 1.5 to the integer 1
+    return _typed(
+        pa.array(values), wanted
+    )  # its own type first: with a type given, pyarrow cuts 1.5 to the integer 1
+
+
+def _typed(array: pa.Array, wanted: pa.DataType | None) -> pa.Array:
     found = _kind(array.type)
     wanted = wanted or found
     numbers = (_INT, _FLOAT)
@@ -495,6 +634,8 @@ def _kind(found: pa.DataType) -> pa.DataType:
         return _INT
     if pa.types.is_floating(found):
         return _FLOAT
+    if pa.types.is_large_string(found):
+        return _STR
     if found not in (_STR, pa.bool_(), pa.null()):
         raise ValueError(f"values of type {found}; a column holds text, numbers or truth values")
     return found
@@ -511,17 +652,34 @@ def _without(table: pa.Table, keys: Collection[str]) -> pa.Table:
     return table.filter(pc.invert(pc.is_in(table["key"], pa.array(keys, _STR))))
 
 
-def _encode(table: pa.Table) -> bytes:
+def _encode(table: pa.Table, replaces: Sequence[str] = ()) -> bytes:
     sink = io.BytesIO()
-    stamped = table.replace_schema_metadata({_METADATA_KEY: SCHEMA_VERSION.encode()})
+    stamp = {_METADATA_KEY: SCHEMA_VERSION.encode()}
+    if replaces:
+        stamp[_REPLACES_KEY] = " ".join(replaces).encode()
+    stamped = table.replace_schema_metadata(stamp)
     pq.write_table(stamped, sink, compression="zstd")
     return sink.getvalue()
 
 
+def _replaced_by(path: Path) -> list[str]:
+    """The batches that a part stands for."""
+    metadata = pq.read_schema(path).metadata or {}
+    return metadata.get(_REPLACES_KEY, b"").decode().split()
+
+
 def _read_part(path: Path, columns: Collection[str] | None = None) -> pa.Table:
-    """A part, or those of the columns that it has, after its digest and version were checked."""
-    with disk_errors(path):
+    """A part, or those of the columns that it has, after its digest and version were checked.
+
+    A part that is not there raises FileNotFoundError: it may have been merged into another one meanwhile.
+    """
+    try:
         data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with disk_errors(path):
+            raise
     if _digest(data) != path.name.split(".")[1]:
         hint = "restore it, or delete it and run the sweep again: only its points are computed anew"
         raise FormatError(

@@ -11,11 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -306,26 +306,156 @@ def start_writer(path: Path, first: int, end: int) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_and_resumed(tmp_path):
-    """SIGKILL while it writes; the crash test above covers every moment, this one the real thing."""
+KILLS = 24
+KILLER = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import sweeps.store
+from test_store import ResultStore, append
+sweeps.store._PARTS_TO_MERGE = 3
+for line in sys.stdin:
+    writer = os.fork()
+    if writer == 0:
+        with ResultStore(sys.argv[2], flush_points=3, flush_seconds=1e9) as store:
+            stored = store.keys()
+            for number in range(100_000):
+                if f"{number:064x}" not in stored:
+                    append(store, number)
+        os._exit(1)
+    time.sleep(float(line))
+    os.kill(writer, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1]), flush=True)
+"""
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """SIGKILL while it writes and merges parts: the crash test above covers every moment of a batch, this is the real thing."""
     chance = random.Random(5)
     path = tmp_path / "results"
-    killed = 0
-    while killed < 2:
-        writer = start_writer(path, 0, 3000)
-        assert writer.stdout is not None
-        writer.stdout.readline()
-        time.sleep(chance.uniform(0.0, 0.25))
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        before = ResultStore(path).keys() if path.exists() else set()
-        assert before == {f"{number:064x}" for number in range(len(before))}
-        killed += 1
+    arguments = [sys.executable, "-c", KILLER, str(Path(__file__).parent), str(path)]
+    killer = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert killer.stdin is not None
+    assert killer.stdout is not None
+    counts = [0]
+    for _ in range(KILLS):
+        killer.stdin.write(f"{chance.uniform(0.0, 0.4)}\n")
+        killer.stdin.flush()
+        assert int(killer.stdout.readline()) == -signal.SIGKILL
+        stored = ResultStore(path).keys() if path.exists() else set()
+        assert stored == {f"{number:064x}" for number in range(len(stored))}, (
+            "a point was lost, or is none of ours"
+        )
+        assert len(stored) >= counts[-1]
+        for part in path.rglob("*.parquet"):
+            pq.read_metadata(part)
+        counts.append(len(stored))
+    killer.communicate()
+    assert len(set(counts)) > KILLS // 4, "it was killed at work"
     with ResultStore(path) as store:
-        stored = store.keys()
-        for number in range(len(stored) + 5):
+        for number in range(counts[-1] + 5):
             append(store, number)
-    assert_holds(path, range(len(stored) + 5))
+    store.compact()
+    assert_holds(path, range(counts[-1] + 5))
+    assert not list(path.rglob("*.tmp"))
+    assert [len(parts(path, table)) for table in TABLES] == [1] * 4
+
+
+# ------------------------------------------------------------------------------------------------ few files
+
+
+def test_small_parts_become_one_that_holds_the_same(tmp_path):
+    with ResultStore(tmp_path, flush_points=2) as store:
+        for number in range(20):
+            append(store, number)
+    before = {table: store.to_frame(table) for table in TABLES}
+    reader = ResultStore(tmp_path)
+    assert len(reader.keys()) == 20
+    store.compact()
+    assert [len(parts(tmp_path, table)) for table in TABLES] == [1] * 4
+    assert_holds(tmp_path, range(20))
+    for table, frame in before.items():
+        pd.testing.assert_frame_equal(ResultStore(tmp_path).to_frame(table), frame)
+        pd.testing.assert_frame_equal(reader.to_frame(table), frame)  # it had seen the small parts
+    store.compact()
+    assert len(parts(tmp_path)) == 1
+    assert append(store, 3) == 0
+
+
+def test_parts_are_merged_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps.store, "_PARTS_TO_MERGE", 4)
+    with ResultStore(tmp_path, flush_points=1) as store:
+        for number in range(19):
+            append(store, number)
+    assert_holds(tmp_path, range(19))
+    assert len(parts(tmp_path)) == 4, "one of sixteen points and three of one"
+
+
+def test_large_parts_are_left_alone(tmp_path, monkeypatch):
+    with ResultStore(tmp_path, flush_points=2) as store:
+        for number in range(4):
+            append(store, number)
+    names = parts(tmp_path)
+    monkeypatch.setattr(sweeps.store, "_LARGE_BYTES", 1)
+    store.compact()
+    assert parts(tmp_path) == names
+
+
+def test_merging_counts_a_point_that_is_there_twice_once(tmp_path):
+    for name in ("first", "second"):
+        with ResultStore(tmp_path / name) as store:
+            append(store, 1)
+            append(store, {"first": 2, "second": 3}[name])
+    for table in TABLES:
+        for part in parts(tmp_path / "second", table):
+            (tmp_path / "first" / table / part.name).write_bytes(part.read_bytes())
+    ResultStore(tmp_path / "first").compact()
+    assert_holds(tmp_path / "first", range(1, 4))
+
+
+def test_a_damaged_part_is_neither_merged_nor_removed(tmp_path):
+    with ResultStore(tmp_path, flush_points=1) as store:
+        for number in range(4):
+            append(store, number)
+    damaged = parts(tmp_path)[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    ResultStore(tmp_path).compact()
+    assert damaged.exists()
+    assert len(parts(tmp_path)) == 2
+    with pytest.raises(FormatError, match=damaged.name):
+        ResultStore(tmp_path).keys()
+
+
+def test_a_full_disk_while_merging_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    with ResultStore(tmp_path, flush_points=1) as store:
+        for number in range(4):
+            append(store, number)
+    names = {table: parts(tmp_path, table) for table in TABLES}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(HwsimError, match="disk is full"):
+            store.compact()
+    assert {table: parts(tmp_path, table) for table in TABLES} == names
+    assert_holds(tmp_path, range(4))
+
+
+def test_arrow_tables_are_held_to_the_same_rules(tmp_path):
+    store = ResultStore(tmp_path)
+    good = {"key": ["a", "b"], "latency_cycles": [1, None], "mine": ["x", "y"]}
+    assert store.append_tables({"points": pa.table(good)}) == 2
+    for column, values, message in (
+        ("key", ["c", None], "missing"),
+        ("latency_cycles", [1.5, 2.0], "truncated"),
+        ("energy_pj", [math.nan, 1.0], "NaN or infinite"),
+        ("network", [1, 2], "int64"),
+    ):
+        with pytest.raises(InputError, match=message):
+            store.append_tables({"points": pa.table({"key": ["c", "d"]} | {column: values})})
+    store.close()
+    assert ResultStore(tmp_path).to_frame(columns=["key", "mine"]).values.tolist() == [["a", "x"], ["b", "y"]]
 
 
 def test_two_writers_at_once(tmp_path):
