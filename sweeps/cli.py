@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from hwsim.explain import Explanation
     from sweeps.figures import Plot
-    from sweeps.runner import SweepProgress
+    from sweeps.runner import Details, SweepProgress
     from sweeps.space import Space
     from sweeps.store import ResultStore
 
-__all__ = ["demo", "figures", "report", "sweep"]
+__all__ = ["demo", "figures", "query", "report", "sweep"]
 
 _MOST_SIMULATED = 200  # points simulated again for figures, where a store holds totals only
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -27,8 +27,21 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.command(epilog="Example: hwsim sweep space.toml --out results/space")
 @click.argument("space", type=click.Path(path_type=Path))
 @click.option("--out", type=_FOLDER, help="Folder of the results; by default results/NAME of the space.")
-@click.option("--workers", type=click.IntRange(1), help="Processes that train; by default one per processor.")
-def sweep(space: Path, out: Path | None, workers: int | None) -> None:
+@click.option("--workers", type=click.IntRange(1), help="Processes; by default one per processor.")
+@click.option(
+    "--scheduler",
+    metavar="ADDRESS",
+    help="Work on a Dask cluster: tcp://HOST:PORT of its scheduler, or local for --workers Dask workers here.",
+)
+@click.option(
+    "--details",
+    type=click.Choice(["auto", "all", "none"]),
+    default="auto",
+    help="Keep the rows of each layer too; auto: up to 2,000 points.",
+)
+def sweep(
+    space: Path, out: Path | None, workers: int | None, scheduler: str | None, details: Details
+) -> None:
     """Evaluate every point of the design space file SPACE.
 
     Results are kept as they come. Run the same command again after an interruption: it goes on where it was, and computes
@@ -36,7 +49,7 @@ def sweep(space: Path, out: Path | None, workers: int | None) -> None:
     """
     loaded = _load_space(space)
     folder = out or Path("results") / loaded.name
-    _run(loaded, folder, workers)
+    _run(loaded, folder, workers, scheduler, details)
     click.echo(f"results   {folder}")
 
 
@@ -79,6 +92,37 @@ def report(results: Path, out: Path | None, chosen: tuple[str, ...], pages: bool
     plots = _plots(tables) if tables["points"]["error"].isna().any() else []
     _write_report(store, tables, plots, path, keys, with_pages=pages)
     click.echo(path)
+
+
+@click.command(
+    epilog='Example: hwsim query results/space "SELECT block, min(latency_ms) FROM points GROUP BY block"'
+)
+@click.argument("results", type=_FOLDER)
+@click.argument("sql")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    help="By default a table.",
+)
+def query(results: Path, sql: str, form: str) -> None:
+    """Ask a results folder in SQL (DuckDB): tables points, layers, energy, storage.
+
+    Nothing is changed by a query: it sees the tables of this folder, and no other file.
+    """
+    from sweeps.query import run_query
+    from sweeps.store import ResultStore
+
+    frame = run_query(ResultStore(_existing(results)), sql)
+    if form == "csv":
+        click.echo(frame.to_csv(index=False), nl=False)
+    elif form == "json":
+        click.echo(frame.to_json(orient="records"))
+    else:
+        from hwsim.tables import format_table
+
+        click.echo(format_table(frame.to_dict("records")) if len(frame) else "no rows")
 
 
 @click.command(epilog="Example: hwsim demo --quick --out results/quick")
@@ -131,11 +175,15 @@ def _load_space(path: Path) -> Space:
     return load_space(path, networks=zoo_names(), datasets=DATASETS)
 
 
-def _run(space: Space, folder: Path, workers: int | None) -> None:
+def _run(
+    space: Space, folder: Path, workers: int | None, scheduler: str | None = None, details: Details = "auto"
+) -> None:
     from sweeps.runner import run_sweep
 
     with _progress() as progress:
-        result = run_sweep(space, folder, workers=workers, progress=progress)
+        result = run_sweep(
+            space, folder, workers=workers, scheduler=scheduler, details=details, progress=progress
+        )
     reused = f", {result.reused} were there already" if result.reused else ""
     click.echo(f"computed  {result.computed} of {len(space)} points{reused}")
 

@@ -1,37 +1,48 @@
 """Run a design space: train what is missing, simulate every point, keep results as they come.
 
 Points that differ in the machine only share one training. Whatever is already in the store or on disk is not computed again, so
-an interrupted sweep goes on where it was.
+an interrupted sweep goes on where it was. Work is cut into tasks (`sweeps.tasks`) for an executor: this process, processes of
+this machine, or the workers of a Dask scheduler. Results come back here, and only this process writes.
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-import queue
-import signal
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from hwsim.errors import FitError, HwsimError, InputError
-from hwsim.machine import Machine
-from sweeps.space import Point, RandomTypes, Space, Training
+import numpy as np
+from numpy.typing import NDArray
+
+from hwsim.errors import HwsimError
+from hwsim.files import write_atomically
+from sweeps import tasks
+from sweeps.batch import Grid
+from sweeps.executors import Pool, open_pool
+from sweeps.space import Point, Space, Training
 from sweeps.store import ResultStore
-from sweeps.weights import artifact_path, dense_path, train_dense, train_point
+from sweeps.weights import artifact_path, dense_path
 
 if TYPE_CHECKING:
     from compress.fit import Progress
-    from hwsim.layer import Layer
-    from hwsim.report import Report
 
-__all__ = ["SweepProgress", "SweepResult", "evaluate_point", "run_sweep"]
+__all__ = ["Details", "SweepProgress", "SweepResult", "run_sweep"]
+
+Details = Literal["auto", "all", "none"]
 
 _POLL_SECONDS = 0.2
+_DETAIL_POINTS = 2000
+_TASK_POINTS = 65536
+_TASK_MACHINES = 128
+_TASK_DETAILS = 8
+"""A task is the largest number of points that stays below these; with details each point is simulated by itself."""
+_WORTH_PROCESSES = 512
+_WORTH_POINTS = 500_000
+"""Machines (clock and DRAM aside) or points from which on it pays to start processes that evaluate."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ def run_sweep(
     folder: str | Path,
     *,
     workers: int | None = None,
+    scheduler: str | None = None,
+    details: Details = "auto",
     progress: Callable[[SweepProgress], None] | None = None,
 ) -> SweepResult:
     """Evaluate every point of a space that the folder does not hold yet.
@@ -84,158 +97,162 @@ def run_sweep(
     folder : path
         Gets the result store, ``dense/`` and ``artifacts/``.
     workers : int or None
-        Processes that train at the same time; by default one per processor.
+        Processes; by default one per processor.
+    scheduler : str, optional
+        The address of a Dask scheduler (``tcp://host:8786``), whose workers then do the work; or ``"local"`` for a Dask cluster
+        of ``workers`` processes on this machine.
+    details : {"auto", "all", "none"}
+        Whether to keep the rows of each layer: layers, energy and storage. ``"auto"``: in spaces of up to 2,000 points.
     progress : callable, optional
         Called with a `SweepProgress` every now and then.
 
     Raises
     ------
     InputError
-        A network or data set that does not exist.
+        A network or data set that does not exist, or no scheduler at the address.
     HwsimError
-        The store cannot be written; what was computed before stays.
+        The store cannot be written, or a worker was killed again and again; what was computed before stays.
     """
     folder = Path(folder)
-    store = ResultStore(folder)
-    known = store.keys()
-    points = list(space.points())
-    pending = [point for point in points if point.key not in known]
+    grid = Grid(space)
+    workers = workers or os.cpu_count() or 1
+    with_details = details == "all" or (details == "auto" and len(grid) <= _DETAIL_POINTS)
+    store = ResultStore(folder, flush_points=_TASK_POINTS)
+    pending = list(_pending(grid, store.keys()))
+    computed = sum(len(numbers) for numbers in pending)
     if pending:
         store.record_run(space.resolved())
-    groups = _by_weights(pending)
-    tally = _Tally(folder, groups, len(points), len(points) - len(pending), progress)
-    with store:
-        for group in _trained(folder, groups, workers or os.cpu_count() or 1, tally):
-            tally.say(f"simulating {_weights_text(group[0])}")
-            for point in group:
-                store.append(**evaluate_point(point, folder))
-                tally.simulated()
-            store.flush()
-    return SweepResult(store, len(pending), len(points) - len(pending))
+        tally = _Tally(grid, folder, pending, progress)
+        processes, light_inline = _processes(grid, pending, workers, folder)
+        with store, open_pool(processes, scheduler, workers, light_inline=light_inline) as pool:
+            _Sweep(grid, folder, store, pool, tally, with_details).run(pending)
+        store.compact()
+    return SweepResult(store, computed, len(grid) - computed)
 
 
-def evaluate_point(point: Point, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of one point, as `ResultStore.append` takes them; its weights are on disk, or random.
-
-    A point that does not fit its machine gives a row that says so.
-    """
-    from hwsim.simulator import simulate
-
-    row = point.columns()
-    layers, measured = _layers(point, folder)
-    try:
-        machine = point.machine(_area_mm2)
-    except InputError as error:
-        return {"points": [row | {"error": str(error)}]}
-    try:
-        report = simulate(machine, layers, network=point.network)
-    except FitError as error:
-        return {"points": [row | {"error": str(error)}]}
-    row |= measured | _summary_columns(report, machine)
-    return {"points": [row], **_detail_rows(point.key, report)}
+def _pending(grid: Grid, known: set[str]) -> Iterator[NDArray[np.int64]]:
+    """The numbers of the points that are not stored, by their weights."""
+    for start in range(0, len(grid), grid.group_size):
+        numbers = np.arange(start, start + grid.group_size)
+        if known:
+            parts = np.split(numbers, range(_TASK_POINTS, len(numbers), _TASK_POINTS))
+            missing = [[key not in known for key in grid.keys(grid.codes(part))] for part in parts]
+            numbers = numbers[np.concatenate(missing)]
+        if len(numbers):
+            yield numbers
 
 
-def _area_mm2(machine: Machine) -> float:
-    from hwsim.area import machine_area
-    from hwsim.technology import load_technology
-
-    return sum(machine_area(machine, load_technology(machine.technology.table)).values())
-
-
-def _layers(point: Point, folder: Path) -> tuple[list[Layer], dict[str, Any]]:
-    """The layers of a point, and what was measured of its weights: accuracies and bytes on disk."""
-    if isinstance(point.weights, RandomTypes):
-        from compress.zoo_shapes import zoo_shapes
-        from hwsim.layer import random_layers
-
-        exempt = point.weights.exempt == "first_and_last"
-        shapes = zoo_shapes(point.network, point.batch)
-        return random_layers(
-            shapes, point.block, point.pruned, point.unified, point.seed, exempt_first_last=exempt
-        ), {}
-    from compress.artifact import load_artifact
-
-    path = artifact_path(folder, point)
-    artifact = load_artifact(path)
-    results = artifact.results
-    measured = {
-        "accuracy_dense_float": results["accuracy_dense"],
-        "accuracy_float": results["accuracy_retrained"],
-        "accuracy_integer": results["accuracy_integer"],
-        "method_warnings": "; ".join(results["warnings"]) or None,
-    }
-    return artifact.layers(point.batch), measured | {"file_bytes": path.stat().st_size}
+def _processes(grid: Grid, pending: list[NDArray[np.int64]], workers: int, folder: Path) -> tuple[int, bool]:
+    """How many processes are worth starting, 0 for none but this one; and whether they are for training only."""
+    trainings = sum(_to_train(grid.point(int(numbers[0])), folder) for numbers in pending)
+    points = sum(len(numbers) for numbers in pending)
+    large = points / grid.machine_size >= _WORTH_PROCESSES or points >= _WORTH_POINTS
+    if workers > 1 and large:
+        return workers, False
+    return min(workers, trainings), True
 
 
-def _summary_columns(report: Report, machine: Machine) -> dict[str, Any]:
-    summary = report.summary
-    names = (
-        "latency_cycles",
-        "latency_ms",
-        "compute_cycles",
-        "speedup_compute_only",
-        "speedup_with_memory",
-        "speedup_equal_area",
-        "energy_pj",
-        "dense_energy_pj",
-        "dram_bytes",
-        "average_bandwidth_gb_per_s",
-        "peak_bandwidth_gb_per_s",
-        "peak_demand_gb_per_s",
-        "area_mm2",
-        "image_bytes",
-        "fp32_bytes",
-        "int8_bytes",
-        "bits_per_weight",
-        "weight_count",
-        "macs",
-        "peak_gmac_per_s",
-    )
-    columns = {name: _known(summary[name]) for name in names}
-    columns["compression_vs_fp32"] = summary["fp32_bytes"] / summary["image_bytes"]
-    columns["machine_rows"], columns["machine_columns"] = machine.array.rows, machine.array.columns
-    columns["clock_mhz"], columns["dram_gb_per_s"] = machine.clock_mhz, machine.dram.gb_per_s
-    columns["warnings"] = "; ".join(report.warnings) or None
-    return columns
+def _to_train(point: Point, folder: Path) -> bool:
+    return isinstance(point.weights, Training) and not artifact_path(folder, point).exists()
 
 
-def _known(value: Any) -> Any:
-    """None for not-a-number: a baseline that does not fit has no speed-up."""
-    return None if value != value else value
+@dataclass(frozen=True)
+class _Task:
+    """What a future is for."""
+
+    job: Literal["dense", "compress", "evaluate"]
+    point: Point
+    numbers: NDArray[np.int64]
 
 
-def _detail_rows(key: str, report: Report) -> dict[str, list[dict[str, Any]]]:
-    layer_columns = [
-        "layer",
-        "macs",
-        "weight_count",
-        "latency_cycles",
-        "compute_cycles",
-        "dram_bytes",
-        "bound",
-        "bits_per_weight",
-    ]
-    layers = report.layers.assign(utilization=report.layers["pe_utilization"])
-    tables = {
-        "layers": layers[[*layer_columns, "utilization"]],
-        "energy": report.energy,
-        "storage": report.storage,
-    }
-    return {
-        name: [{"key": key} | {str(k): _known(v) for k, v in row.items()} for row in frame.to_dict("records")]
-        for name, frame in tables.items()
-    }
+class _Sweep:
+    """The tasks of a sweep: what can be done next, what is being done, and what follows from what is done."""
 
+    def __init__(
+        self, grid: Grid, folder: Path, store: ResultStore, pool: Pool, tally: _Tally, with_details: bool
+    ) -> None:
+        self.grid, self.folder, self.store, self.pool, self.tally = grid, folder, store, pool, tally
+        self.with_details = with_details
+        self.ready: deque[_Task] = deque()
+        self.waiting: dict[str, list[_Task]] = {}
+        self.running: dict[Future[Any], _Task] = {}
 
-def _by_weights(points: Iterable[Point]) -> list[list[Point]]:
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.training_key, []).append(point)
-    return list(groups.values())
+    def run(self, pending: list[NDArray[np.int64]]) -> None:
+        """Do everything; the first error is raised, and what was finished before it is kept."""
+        for numbers in pending:
+            self._plan(numbers)
+        while self.ready or self.running:
+            while self.ready and len(self.running) < self.pool.most_running:
+                task = self.ready.popleft()
+                self.running[self._submit(task)] = task
+            ended, _ = wait(self.running, _POLL_SECONDS, return_when="FIRST_COMPLETED")
+            self._listen()
+            for future in ended:
+                task = self.running.pop(future)
+                self._finish(task, self._result(future, task))
 
+    def _plan(self, numbers: NDArray[np.int64]) -> None:
+        point = self.grid.point(int(numbers[0]))
+        task = _Task("compress", point, numbers)
+        if not _to_train(point, self.folder):
+            self._evaluate(task)
+        elif dense_path(self.folder, point).exists():
+            self.ready.append(task)
+        else:
+            first = point.dense_key not in self.waiting
+            self.waiting.setdefault(point.dense_key, []).append(task)
+            if first:
+                self.ready.append(_Task("dense", point, numbers))
 
-def _weights_text(point: Point) -> str:
-    return f"{point.network} {point.block[0]}x{point.block[1]} p={point.pruned:g} u={point.unified:g}"
+    def _evaluate(self, task: _Task) -> None:
+        """Evaluation goes before training: it is short, and its results are what is kept."""
+        size = min(_TASK_MACHINES * self.grid.machine_size, _TASK_POINTS)
+        if self.with_details:
+            size = _TASK_DETAILS
+        parts = [task.numbers[at : at + size] for at in range(0, len(task.numbers), size)]
+        self.ready.extendleft(_Task("evaluate", task.point, part) for part in reversed(parts))
+
+    def _submit(self, task: _Task) -> Future[Any]:
+        trained = isinstance(task.point.weights, Training)
+        if task.job == "evaluate":
+            artifact = artifact_path(self.folder, task.point).read_bytes() if trained else None
+            self.tally.say(f"simulating {tasks.weights_text(task.point)}")
+            return self.pool.submit_light(
+                tasks.evaluate, self.grid.space, task.numbers, artifact, self.with_details
+            )
+        dense = dense_path(self.folder, task.point).read_bytes() if task.job == "compress" else None
+        return self.pool.submit(tasks.train, task.job, task.point, dense)
+
+    def _result(self, future: Future[Any], task: _Task) -> Any:
+        try:
+            return future.result()
+        except self.pool.lost as error:
+            raise HwsimError(
+                f"the process for {tasks.weights_text(task.point)} was killed, perhaps for want of memory; what was "
+                "computed stays, run the sweep again to go on (with fewer --workers if memory is short)"
+            ) from error
+
+    def _finish(self, task: _Task, result: Any) -> None:
+        if task.job == "evaluate":
+            self.store.append_tables({name: tasks.decoded(stream) for name, stream in result.items()})
+            self.tally.simulated(len(task.numbers))
+            return
+        text = tasks.weights_text(task.point)
+        if task.job == "dense":
+            write_atomically(dense_path(self.folder, task.point), result)
+            self.tally.trained(task.point.dense_key, text, None)
+            self.ready.extend(self.waiting.pop(task.point.dense_key))
+        else:
+            write_atomically(artifact_path(self.folder, task.point), result)
+            self.tally.trained(task.point.training_key, text, None)
+            self._evaluate(task)
+
+    def _listen(self) -> None:
+        latest: dict[str, tuple[str, Progress]] = {}
+        for key, doing, update in self.pool.reports():
+            latest[key] = (doing, update)
+        for key, (doing, update) in latest.items():
+            self.tally.trained(key, doing, update)
 
 
 class _Tally:
@@ -243,24 +260,21 @@ class _Tally:
 
     def __init__(
         self,
+        grid: Grid,
         folder: Path,
-        groups: list[list[Point]],
-        points_total: int,
-        points_done: int,
+        pending: list[NDArray[np.int64]],
         progress: Callable[[SweepProgress], None] | None,
     ) -> None:
         self.progress = progress
-        self.points_total, self.points_done = points_total, points_done
+        self.points = sum(len(numbers) for numbers in pending)
+        self.points_total, self.points_done = len(grid), len(grid) - self.points
         self.epochs: dict[str, float] = {}
         self.done: dict[str, float] = {}
-        self.points = sum(len(group) for group in groups)
         self.simulated_points = 0
         self.doing = "starting"
-        for group in groups:
-            point = group[0]
-            if not isinstance(point.weights, Training):
-                continue
-            if not artifact_path(folder, point).exists():
+        for numbers in pending:
+            point = grid.point(int(numbers[0]))
+            if isinstance(point.weights, Training) and _to_train(point, folder):
                 self.epochs[point.training_key] = point.weights.admm_epochs + point.weights.retrain_epochs
                 if not dense_path(folder, point).exists():
                     self.epochs[point.dense_key] = point.weights.dense_epochs
@@ -279,9 +293,9 @@ class _Tally:
         self.doing = doing
         self._tell()
 
-    def simulated(self) -> None:
-        self.points_done += 1
-        self.simulated_points += 1
+    def simulated(self, points: int) -> None:
+        self.points_done += points
+        self.simulated_points += points
         self._tell()
 
     def _tell(self) -> None:
@@ -289,109 +303,3 @@ class _Tally:
             done = sum(self.done.values()) + self.simulated_points / 100
             total = sum(self.epochs.values()) + self.points / 100
             self.progress(SweepProgress(done, total, self.points_done, self.points_total, self.doing))
-
-
-def _trained(folder: Path, groups: list[list[Point]], workers: int, tally: _Tally) -> Iterator[list[Point]]:
-    """Groups of points as soon as their weights are on disk; trainings run in processes of their own."""
-    to_train = []
-    for group in groups:
-        if isinstance(group[0].weights, Training) and not artifact_path(folder, group[0]).exists():
-            to_train.append(group)
-        else:
-            yield group
-    if not to_train:
-        return
-    dense: dict[str, Point] = {}
-    for group in to_train:
-        dense.setdefault(group[0].dense_key, group[0])
-    missing = [point for point in dense.values() if not dense_path(folder, point).exists()]
-    with _Pool(min(workers, max(len(to_train), 1)), tally) as pool:
-        if missing:
-            for _ in pool.run(folder, "dense", [[point] for point in missing]):
-                pass
-        yield from pool.run(folder, "compress", to_train)
-
-
-class _Pool:
-    """Worker processes, a queue on which they report, and an event that stops them."""
-
-    def __init__(self, workers: int, tally: _Tally) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.reports: Any = context.Queue()
-        self.stop = context.Event()
-        self.tally = tally
-        self.executor = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(self.reports, self.stop)
-        )
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.executor.shutdown(cancel_futures=True)
-
-    def run(self, folder: Path, job: str, groups: list[list[Point]]) -> Iterator[list[Point]]:
-        """Groups in the order in which their trainings end; the first error is raised."""
-        futures: dict[Future[None], list[Point]] = {
-            self.executor.submit(_work, folder, job, group[0]): group for group in groups
-        }
-        while futures:
-            ended, _ = wait(futures, _POLL_SECONDS, return_when="FIRST_COMPLETED")
-            self._drain()
-            for future in ended:
-                group = futures.pop(future)
-                try:
-                    future.result()
-                except BrokenProcessPool:
-                    raise HwsimError(
-                        f"the process for {_weights_text(group[0])} was killed, perhaps for want of memory; what was computed "
-                        "stays, run the sweep again to go on (with fewer --workers if memory is short)"
-                    ) from None
-                key = group[0].dense_key if job == "dense" else group[0].training_key
-                self.tally.trained(key, _weights_text(group[0]), None)
-                yield group
-
-    def _drain(self) -> None:
-        latest: dict[str, tuple[str, Progress]] = {}
-        while True:
-            try:
-                key, doing, update = self.reports.get_nowait()
-            except queue.Empty:
-                break
-            latest[key] = (doing, update)
-        for key, (doing, update) in latest.items():
-            self.tally.trained(key, doing, update)
-
-
-_worker: dict[str, Any] = {}
-"""What `_start_worker` gives the jobs of this process."""
-
-
-class _Stopped(Exception):
-    """The parent has asked the worker to stop."""
-
-
-def _start_worker(reports: Any, stop: Any) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides, and tells through the event.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What the method warns of is kept with the result; here it would tear the progress bar.
-    logging.getLogger("compress").setLevel(logging.ERROR)
-    _worker.update(reports=reports, stop=stop)
-
-
-def _work(folder: Path, job: str, point: Point) -> None:
-    import torch
-
-    # Batches this small gain little from a second thread, and lose ten times that where another process wants the core.
-    torch.set_num_threads(1)
-    key = point.dense_key if job == "dense" else point.training_key
-    doing = f"training {point.network}" if job == "dense" else f"compressing {_weights_text(point)}"
-
-    def report(update: Progress) -> None:
-        if _worker["stop"].is_set():
-            raise _Stopped
-        if update.batch % 20 == 0 or update.batch == update.batches:
-            _worker["reports"].put((key, doing, update))
-
-    (train_dense if job == "dense" else train_point)(folder, point, report)

@@ -44,6 +44,7 @@ __all__ = [
     "load_space",
     "machine_for_block",
     "parse_space",
+    "technology_digest",
 ]
 
 METHOD_VERSION = "1"
@@ -176,7 +177,7 @@ class MachineSpace(_Part):
         axes = {name: _axis_values(self.base, name, values, problems) for name, values in self.axes.items()}
         for table in axes.get("technology.table", (self.base.technology.table,)):
             try:
-                _technology_digest(str(table))
+                technology_digest(str(table))
             except InputError as error:
                 problems += [
                     Problem("machine.technology.table", f"{error.source}: {item.message}", item.hint)
@@ -240,9 +241,9 @@ class Space(_Part):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise InputError(
-                f"space {data.get('name', 'sweep')}", validation_problems(error, Space)
-            ) from None
+            # What pydantic checks last it has not looked at if a single field is wrong: every problem at once.
+            problems = dict.fromkeys([*validation_problems(error, Space), *_together_problems(data)])
+            raise InputError(f"space {data.get('name', 'sweep')}", list(problems)) from None
 
     @field_validator("hold", mode="before")
     @classmethod
@@ -251,13 +252,7 @@ class Space(_Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Space:
-        problems = []
-        for field in ("networks", "blocks", "ratios", "hold", "seeds"):
-            problems += _twice(field, getattr(self, field))
-        if (self.training is None) == (self.random is None):
-            found = "both are given" if self.training else "neither is given"
-            hint = "[training] trains and compresses; [random] draws block types without training"
-            problems.append(Problem("training, random", f"{found}, must be exactly one", hint))
+        problems = _together_problems(dict(self))
         base = self.machine.base
         for rows in self.machine.axes.get("array.rows", (base.array.rows,)):
             for text in self.blocks:
@@ -334,15 +329,18 @@ class Point:
     weights: Training | RandomTypes
     batch: int
 
-    def machine(self, area_mm2: Callable[[Machine], float]) -> Machine:
-        """The machine of this point: the base with its fields, following the block shape.
+    def machine(
+        self, area_mm2: Callable[[Machine], float], fields: Mapping[str, Any] | None = None
+    ) -> Machine:
+        """The machine of this point: the base with its fields (or with others in their place), following the block shape.
 
         Raises
         ------
         InputError
             The combination is not a valid machine.
         """
-        return machine_for_block(self.base.with_fields(dict(self.fields)), self.block, self.hold, area_mm2)
+        changed = self.base.with_fields(dict(self.fields if fields is None else fields))
+        return machine_for_block(changed, self.block, self.hold, area_mm2)
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the result depends on, as plain JSON-able data."""
@@ -352,7 +350,7 @@ class Point:
             "hold": self.hold,
             "batch": self.batch,
             "machine": machine,
-            "technology_sha256": _technology_digest(machine["technology"]["table"]),
+            "technology_sha256": technology_digest(machine["technology"]["table"]),
             "model_version": MODEL_VERSION,
         }
 
@@ -559,6 +557,20 @@ def load_space(
     return parse_space(data, str(path), networks=networks, datasets=datasets)
 
 
+def _together_problems(data: Mapping[str, Any]) -> list[Problem]:
+    """What single fields of a space cannot show, of what a file or a program gives and of what is made of it alike."""
+    problems = []
+    for field in ("networks", "blocks", "ratios", "hold", "seeds"):
+        values = data.get(field)
+        problems += _twice(field, values if isinstance(values, list | tuple) else ())
+    given = [data.get(field) is not None for field in ("training", "random")]
+    if given[0] == given[1]:
+        found = "both are given" if given[0] else "neither is given"
+        hint = "[training] trains and compresses; [random] draws block types without training"
+        problems.append(Problem("training, random", f"{found}, must be exactly one", hint))
+    return problems
+
+
 def _of_base(problem: Problem, source: str) -> Problem:
     """A problem of the machine file, told as one of the space that names the file."""
     where = f"{source}: {problem.field}" if problem.field else source
@@ -612,7 +624,7 @@ def _unknown(field: str, found: Iterable[Any], allowed: Iterable[str]) -> list[P
     return [Problem(field, f'unknown name "{name}"', nearest_name(name, names)) for name in missing]
 
 
-def _technology_digest(table: str) -> str:
+def technology_digest(table: str) -> str:
     """Digest of the resolved technology table: a file may change under the same name."""
     path = Path(table)
     status = path.stat() if path.is_file() else None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from hwsim import simulate
 from hwsim.layer import random_layers
 from hwsim.machine import load_machine
 from sweeps.runner import SweepProgress, run_sweep
-from sweeps.space import Space, Training
+from sweeps.space import Space, Training, load_space
 from sweeps.store import ResultStore
 
 TINY = Training(
@@ -143,3 +147,63 @@ def test_a_damaged_artifact_is_an_error_not_a_result(tmp_path: Path) -> None:
     wider = space.model_copy(update={"machine": random_space(machine={"base": "msa-8x8"}).machine})
     with pytest.raises(FormatError, match=artifact.name):
         run_sweep(wider, tmp_path, workers=1)
+
+
+def test_a_large_space_is_evaluated_by_processes_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = random_space()
+    run_sweep(space, tmp_path / "here")
+    monkeypatch.setattr("sweeps.runner._WORTH_PROCESSES", 1)
+    result = run_sweep(space, tmp_path / "processes", workers=2)
+    assert result.computed == 8
+    pd.testing.assert_frame_equal(results(tmp_path / "here"), results(tmp_path / "processes"))
+
+
+def test_rows_of_layers_are_kept_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = random_space(blocks=["4x4"], ratios=[[0.5, 0.5]])
+    run_sweep(space, tmp_path / "none", details="none")
+    assert ResultStore(tmp_path / "none").to_frame("layers").empty
+    monkeypatch.setattr("sweeps.runner._DETAIL_POINTS", 1)
+    run_sweep(space, tmp_path / "auto")
+    assert ResultStore(tmp_path / "auto").to_frame("energy").empty
+    run_sweep(space, tmp_path / "all", details="all")
+    layers = ResultStore(tmp_path / "all").to_frame("layers")
+    assert layers["key"].nunique() == 2
+    pd.testing.assert_frame_equal(results(tmp_path / "none"), results(tmp_path / "all"))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from sweeps.runner import run_sweep
+from sweeps.space import load_space
+run_sweep(load_space(Path(sys.argv[1])), sys.argv[2], workers=1, progress=lambda now: print(now.points_done, flush=True))
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_random_moments_and_resumed(tmp_path: Path) -> None:
+    (tmp_path / "space.toml").write_text(
+        'networks = ["lenet5"]\nblocks = ["4x4", "8x8"]\nratios = [[0.5, 0.5], [0.25, 0.5]]\nseeds = [0, 1, 2, 3, 4]\n'
+        "[random]\n"
+        '[machine]\nbase = "msa-16x16"\n[machine.axes]\n"dram.gb_per_s" = [6.4, 12.8]\n"front_end.skip_window" = [2, 4, 8]\n'
+    )
+    space = load_space(tmp_path / "space.toml")
+    run_sweep(space, tmp_path / "whole")
+    chance = random.Random(3)
+    for _ in range(5):
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "space.toml"), str(tmp_path / "pieces")]
+        sweep = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert sweep.stdout is not None
+        sweep.stdout.readline()
+        time.sleep(chance.uniform(0, 1))
+        sweep.kill()
+        sweep.communicate()
+    run_sweep(space, tmp_path / "pieces")
+    pd.testing.assert_frame_equal(results(tmp_path / "whole"), results(tmp_path / "pieces"))
+    for table in ("layers", "energy", "storage"):
+        whole, pieces = (ResultStore(tmp_path / name).to_frame(table) for name in ("whole", "pieces"))
+        pd.testing.assert_frame_equal(whole, pieces)

@@ -308,7 +308,8 @@ def test_machine_axes_are_checked_value_by_value():
         ({"networks": ["a", "a"]}, "networks", "'a' is listed twice"),
         ({"ratios": [[0.5, 0.5], [0.50, 0.5]]}, "ratios", "listed twice"),
         ({"blocks": ["4x4", "04x4"]}, "blocks", "'4x4' is listed twice"),
-        ({"blocks": "4x4"}, "blocks", "tuple"),
+        ({"blocks": "4x4"}, "blocks", "list"),
+        ({"hold": "lane"}, "hold.0", 'did you mean "lanes"'),
         ({"random": None}, "training, random", "neither is given"),
         ({"training": {}}, "training, random", "both are given"),
         ({"blocks": ["3x1"]}, "blocks: 3x1", "64 accumulators per column"),
@@ -425,3 +426,28 @@ def test_every_exported_name_can_be_had():
     assert all(getattr(sweeps, name) is not None for name in sweeps.__all__)
     with pytest.raises(AttributeError, match="bogus"):
         sweeps.bogus  # noqa: B018
+
+
+def test_every_problem_at_once():
+    """Those of single fields and those that only all fields together show."""
+    found = problems_of(
+        **SMALL
+        | {
+            "networks": ["a", "a"],
+            "blocks": ["4by4"],
+            "seeds": [-1],
+            "training": {"epochs": 3},
+            "machine": {"base": "msa-16x16", "axes": {"dram.gb_per_sec": [1.0], "array.rows": [0]}},
+        }
+    )
+    assert set(found) == {
+        "networks",
+        "blocks.0",
+        "seeds.0",
+        "training.epochs",
+        "training, random",
+        "machine.axes.dram.gb_per_sec",
+        "machine.axes.array.rows: 0",
+    }
+    assert 'did you mean "dram.gb_per_s"' in found["machine.axes.dram.gb_per_sec"]
+    assert "unknown field" in found["training.epochs"]
