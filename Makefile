@@ -3,6 +3,7 @@
 # make test-slow        the tests that take minutes
 # make verify           the RTL against the simulator: 1,140 random layers on 19 machines
 # make bench            the benchmarks
+# make performance      measure points per second anew: docs/performance.md
 # make lint             ruff and mypy
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IMAGES := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow verify bench lint setup data browser tools clean
+.PHONY: demo test test-slow verify bench performance lint setup data browser tools clean
 
 demo: setup data
 	$(BIN)/hwsim demo $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
@@ -27,6 +28,9 @@ verify: setup
 
 bench: setup
 	$(BIN)/python -m pytest tests/bench -m "" --benchmark-enable --benchmark-columns=min,median,iqr,rounds
+
+performance: setup
+	$(BIN)/hwsim bench --out docs/performance.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
