@@ -140,7 +140,8 @@ def _pe_terms(machine: Machine) -> dict[str, float]:
     tree_bits = product_bits + log2_ceil(tree)
     outputs_of_tree = min(g_o, -(-n // lanes))
     inputs_of_lane = g_k // tree
-    shared = not unified and tree in (g_k, lanes)
+    # Shared adders pay where they are half as many as the outputs; with as many there is nothing to choose.
+    shared = not unified and tree in (g_k, lanes) and (2 * trees <= g_o or trees >= g_o)
     select_bits = lanes * precision.activation_bits * (inputs_of_lane - 1)
     terms: dict[str, float] = {
         "pe.multiplier_bits2": factor_bits

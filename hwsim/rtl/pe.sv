@@ -50,7 +50,9 @@ module pe #(
     localparam int TREES = MULTIPLIERS / TREE;
     localparam int TREE_BITS = PRODUCT_BITS + $clog2(TREE);
     localparam int WIDE = TREE_BITS > ACCUMULATOR_BITS ? TREE_BITS : ACCUMULATOR_BITS;
-    localparam bit ONE_ADDER_PER_TREE = !UNIFIED_PATH && (TREE == G_K || TREE == MULTIPLIERS);
+    // Shared adders pay where they are half as many as the outputs; with as many there is nothing to choose.
+    localparam bit ONE_ADDER_PER_TREE = !UNIFIED_PATH && (TREE == G_K || TREE == MULTIPLIERS)
+        && (2 * TREES <= G_O || TREES >= G_O);
 
     function automatic int common_divisor(input int a, input int b);
         common_divisor = 1;

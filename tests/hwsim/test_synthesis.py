@@ -276,6 +276,7 @@ def test_more_of_anything_has_more_gates(g_o, g_k, multipliers, rows, banks, bit
     ):
         assert sum(component_gates(machine.with_fields({field: value})).values()) >= gates, field
     without = machine.with_fields({"features.unified_path": False})
-    assert sum(component_gates(without).values()) <= gates
+    # A lone multiplexed adder of one-wide blocks costs a dense PE up to 2 % of a machine that has little else.
+    assert sum(component_gates(without).values()) <= 1.03 * gates
     dense = without.with_fields({"features.skip_pruned": False})
     assert sum(component_gates(dense).values()) < gates
