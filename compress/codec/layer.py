@@ -1,0 +1,612 @@
+"""One layer: its streams as entropy-coded groups of block rows, each with its own checksum."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.codec.entropy import (
+    MAX_LEVELS,
+    MAX_SYMBOLS,
+    AnsReader,
+    AnsWriter,
+    Grid,
+    Tables,
+    choose_levels,
+    entropy_bits,
+)
+from compress.codec.fields import Reader, Writer, unzigzag, zigzag
+from compress.layers import CompressedLayer
+from hwsim.errors import FormatError, Problem
+from hwsim.layer import DENSE, UNIFIED, QuantizedWeights, Requantizer
+
+__all__ = ["LayerSpec", "decode_layer", "encode_layer", "read_spec", "spec_of", "write_spec"]
+
+GROUP_WEIGHTS = 1 << 17
+"""Weights that a group of block rows aims at."""
+
+MAX_CLASS_SYMBOLS = 1 << 14
+"""Largest alphabet where a layer has more than one class; entries of all tables together stay under a million."""
+
+COLUMN_ORDERS: tuple[Literal["tap_major", "channel_major"], ...] = ("tap_major", "channel_major")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What the streams of a layer do not say themselves.
+
+    Attributes
+    ----------
+    name : str
+    weight_shape : tuple of int
+    groups : int
+    block : tuple of int
+    column_order : {"tap_major", "channel_major"}
+    weight_bits, magnitude_bits : int
+    step_size : float
+    relu : bool or None
+        None: the layer has no requantiser.
+    """
+
+    name: str
+    weight_shape: tuple[int, ...]
+    groups: int
+    block: tuple[int, int]
+    column_order: Literal["tap_major", "channel_major"]
+    weight_bits: int
+    magnitude_bits: int
+    step_size: float
+    relu: bool | None
+
+    @property
+    def weight_count(self) -> int:
+        """Weights of the layer."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """``(m, k)`` of one group."""
+        return self.weight_shape[0] // self.groups, math.prod(self.weight_shape[1:])
+
+    @property
+    def block_grid(self) -> tuple[int, int]:
+        """``(Mb, Kb)`` of one group."""
+        (m, k), (g_o, g_k) = self.matrix, self.block
+        return -(-m // g_o), -(-k // g_k)
+
+    @property
+    def rows_per_group(self) -> int:
+        """Block rows of a coded group; the last may have fewer."""
+        return max(1, GROUP_WEIGHTS // (self.block[0] * self.matrix[1]))
+
+    def row_groups(self) -> list[tuple[slice, slice]]:
+        """Block rows and matrix rows of every coded group; rows run over all groups of the layer."""
+        total, step = self.groups * self.block_grid[0], self.rows_per_group
+        edges = [*range(0, total, step), total]
+        return [
+            (slice(start, stop), slice(self._matrix_row(start), self._matrix_row(stop)))
+            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+        ]
+
+    def _matrix_row(self, block_row: int) -> int:
+        group, row = divmod(block_row, self.block_grid[0])
+        return group * self.matrix[0] + min(row * self.block[0], self.matrix[0])
+
+    def expand(self, blocks: NDArray, block_rows: slice) -> NDArray:
+        """The value of every block ``[rows, Kb]`` at each of its real weights."""
+        (m, k), (g_o, g_k) = self.matrix, self.block
+        within = np.arange(block_rows.start, block_rows.stop) % self.block_grid[0]
+        heights = np.minimum(m - within * g_o, g_o)
+        rows = blocks.repeat(g_o, axis=0) if (heights == g_o).all() else blocks.repeat(heights, axis=0)
+        return rows.repeat(g_k, axis=1)[:, :k]
+
+
+def spec_of(layer: CompressedLayer, weight_shape: tuple[int, ...]) -> LayerSpec:
+    """The specification of a layer."""
+    weights = layer.weights
+    return LayerSpec(
+        layer.name,
+        tuple(weight_shape),
+        len(layer.types),
+        layer.block,
+        layer.column_order,
+        weights.weight_bits,
+        weights.magnitude_bits,
+        weights.step_size,
+        weights.requantizer.relu if weights.requantizer else None,
+    )
+
+
+def write_spec(out: Writer, spec: LayerSpec) -> None:
+    """The specification as bytes."""
+    out.text(spec.name)
+    out.varint(len(spec.weight_shape))
+    for size in (*spec.weight_shape, spec.groups, *spec.block):
+        out.varint(size)
+    out.varint(COLUMN_ORDERS.index(spec.column_order))
+    out.varint(spec.weight_bits)
+    out.varint(spec.magnitude_bits)
+    out.varint(0 if spec.relu is None else 1 + spec.relu)
+    out.float64(spec.step_size)
+
+
+def read_spec(source: Reader, max_weights: int) -> LayerSpec:
+    """The inverse of `write_spec`; refuses what no layer can be, before anything is allocated."""
+    name = source.text("name")
+    rank = source.varint(f"{name}.rank", 8, 2)
+    shape = tuple(source.varint(f"{name}.weight_shape", max_weights, 1) for _ in range(rank))
+    if math.prod(shape) > max_weights:
+        raise source.refuse(f"{name}.weight_shape", f"{shape}: more than {max_weights:,} weights")
+    groups = source.varint(f"{name}.groups", shape[0], 1)
+    if shape[0] % groups:
+        raise source.refuse(f"{name}.groups", f"{groups} does not divide {shape[0]} output channels")
+    block = (source.varint(f"{name}.block", 1 << 16, 1), source.varint(f"{name}.block", 1 << 16, 1))
+    order = COLUMN_ORDERS[source.varint(f"{name}.column_order", 1)]
+    weight_bits = source.varint(f"{name}.weight_bits", 16, 2)
+    magnitude_bits = source.varint(f"{name}.magnitude_bits", 16, 1)
+    relu = source.varint(f"{name}.relu", 2)
+    step_size = source.float64(f"{name}.step_size")
+    if not 0 < step_size < math.inf:
+        raise source.refuse(f"{name}.step_size", f"{step_size}, must be positive and finite")
+    flags = {0: None, 1: False, 2: True}
+    return LayerSpec(name, shape, groups, block, order, weight_bits, magnitude_bits, step_size, flags[relu])
+
+
+# --- the three kinds of symbols
+
+
+@dataclass(frozen=True, eq=False)
+class _Alphabet:
+    """The integers that the symbols 0, 1, 2 … stand for, ascending."""
+
+    values: NDArray[np.int64]
+
+    def write(self, out: Writer) -> None:
+        out.varint(len(self.values))
+        if not len(self.values):
+            return
+        out.varint(zigzag(int(self.values[0])))
+        steps = np.diff(self.values)
+        even = len(steps) > 0 and (steps == steps[0]).all()
+        if len(steps):
+            out.varint(int(steps[0]) if even else 0)
+        if not even:
+            for step in steps:
+                out.varint(int(step))
+
+    @classmethod
+    def read(cls, source: Reader, field: str, low: int, high: int) -> _Alphabet:
+        count = source.varint(field, min(high - low + 1, MAX_SYMBOLS))
+        if not count:
+            return cls(np.zeros(0, np.int64))
+        first = unzigzag(source.varint(field, 2 * MAX_SYMBOLS))
+        even = source.varint(field, MAX_SYMBOLS) if count > 1 else 0
+        steps = [even or source.varint(field, MAX_SYMBOLS, 1) for _ in range(count - 1)]
+        values = first + np.concatenate(([0], np.cumsum(steps, dtype=np.int64))).astype(np.int64)
+        if values[0] < low or values[-1] > high:
+            raise source.refuse(field, f"{values[0]} to {values[-1]}, must lie in {low} to {high}")
+        return cls(values)
+
+
+def _alphabet_of(values: NDArray[np.integer], *, even: bool) -> tuple[_Alphabet, NDArray[np.int32]]:
+    """The alphabet of some values, and the values as symbols.
+
+    With ``even`` the alphabet has every multiple of the greatest common divisor between the extremes, used or not.
+    """
+    if not values.size:
+        return _Alphabet(np.zeros(0, np.int64)), np.zeros(0, np.int32)
+    low, high = int(values.min()), int(values.max())
+    present = np.flatnonzero(np.bincount(values.astype(np.int32) - low, minlength=1)) + low
+    if not even:
+        symbol_of = np.zeros(high - low + 1, np.int32)
+        symbol_of[present - low] = np.arange(len(present))
+        return _Alphabet(present), symbol_of[values.astype(np.int32) - low]
+    stride = max(1, int(np.gcd.reduce(present - low)))
+    return _Alphabet(np.arange(low, high + 1, stride)), (values.astype(np.int32) - low) // stride
+
+
+@dataclass(frozen=True, eq=False)
+class _Coding:
+    """Alphabet and grid of one kind of symbol."""
+
+    alphabet: _Alphabet
+    grid: Grid
+
+    @property
+    def is_coded(self) -> bool:
+        """False where all symbols are alike, or where there are none."""
+        return len(self.alphabet.values) > 1
+
+
+def _plain(rows: int, columns: int) -> Grid:
+    return Grid(np.zeros(rows, np.uint8), np.zeros(columns, np.uint8), Tables(np.ones((1, 1), np.uint8)))
+
+
+def _coding_of(
+    values: NDArray[np.integer], mask: NDArray[np.bool_], *, kind: str, with_levels: bool
+) -> tuple[_Coding, NDArray[np.int32]]:
+    """How the values under a mask are coded best, and they as symbols."""
+    alphabet, symbols = _alphabet_of(values, even=kind == "dense")
+    count = len(alphabet.values)
+    if count < 2:
+        return _Coding(alphabet, _plain(*mask.shape)), symbols
+    rows, columns = np.zeros(mask.shape[0], np.uint8), np.zeros(mask.shape[1], np.uint8)
+    if with_levels and count <= MAX_CLASS_SYMBOLS:
+        if kind == "type":
+            sizes = (alphabet.values[symbols] > 0).astype(np.float64)
+            rows, columns = choose_levels(symbols, sizes, mask, count, _logit)
+        else:
+            sizes = np.abs(alphabet.values)[symbols].astype(np.float64)
+            spread = float(sizes.mean()) / 8 + 1e-9
+            rows, columns = choose_levels(symbols, sizes, mask, count, lambda means: np.log(means + spread))
+    grid = Grid(rows, columns, Tables(np.ones((1, 1), np.uint8)))
+    top = int(rows.max(initial=0)) + int(columns.max(initial=0)) + 1
+    if top == 1:
+        counts = np.bincount(symbols, minlength=count)[None]
+    else:
+        classes = grid.classes(slice(0, len(rows)), mask).astype(np.int64)
+        counts = np.bincount(classes * count + symbols, minlength=top * count).reshape(top, count)
+    flat = symbols.size * math.log2(count)
+    tables = Tables.of_counts(counts) if entropy_bits(counts) < flat else Tables(np.ones((1, count), np.uint8))
+    if len(tables.codes) == 1:
+        rows, columns = np.zeros_like(rows), np.zeros_like(columns)
+    return _Coding(alphabet, Grid(rows, columns, tables)), symbols
+
+
+def _logit(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    inside = np.clip(shares, 1e-3, 1 - 1e-3)
+    return np.log(inside / (1 - inside))
+
+
+def _write_coding(out: Writer, ans: AnsWriter, coding: _Coding) -> None:
+    """Alphabet, number of levels, then (in the words of the header) tables and the levels of the columns."""
+    coding.alphabet.write(out)
+    if not coding.is_coded:
+        return
+    grid = coding.grid
+    is_flat = bool((grid.tables.codes == 1).all()) and len(grid.tables.codes) == 1
+    out.varint(int(is_flat))
+    if is_flat:
+        return
+    row_levels, column_levels = (int(part.max(initial=0)) + 1 for part in (grid.row_levels, grid.column_levels))
+    out.varint(row_levels)
+    out.varint(column_levels)
+    grid.tables.write(ans)
+    for levels, count in ((grid.row_levels, row_levels), (grid.column_levels, column_levels)):
+        if count > 1:
+            Tables.of_counts(np.bincount(levels, minlength=count)[None]).write(ans)
+    if column_levels > 1:
+        counts = np.bincount(grid.column_levels, minlength=column_levels)[None]
+        ans.put(grid.column_levels, Tables.of_counts(counts).weights(0))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What is known of a coding before the words of the header are read."""
+
+    alphabet: _Alphabet
+    is_flat: bool
+    row_levels: int
+    column_levels: int
+
+
+def _read_sizes(source: Reader, field: str, low: int, high: int) -> _Sizes:
+    alphabet = _Alphabet.read(source, field, low, high)
+    if len(alphabet.values) < 2 or source.varint(field, 1):
+        return _Sizes(alphabet, True, 1, 1)
+    row_levels = source.varint(f"{field}.row_levels", MAX_LEVELS, 1)
+    column_levels = source.varint(f"{field}.column_levels", MAX_LEVELS, 1)
+    if row_levels + column_levels > 2 and len(alphabet.values) > MAX_CLASS_SYMBOLS:
+        raise source.refuse(field, f"{len(alphabet.values)} symbols in several classes")
+    return _Sizes(alphabet, False, row_levels, column_levels)
+
+
+@dataclass(frozen=True, eq=False)
+class _ReadCoding:
+    coding: _Coding
+    row_tables: Tables | None
+
+
+def _read_coding(ans: AnsReader, sizes: _Sizes, rows: int, columns: int) -> _ReadCoding:
+    plain, count = _plain(rows, columns), len(sizes.alphabet.values)
+    if sizes.is_flat:
+        flat = Tables(np.ones((1, max(count, 1)), np.uint8))
+        return _ReadCoding(_Coding(sizes.alphabet, Grid(plain.row_levels, plain.column_levels, flat)), None)
+    tables = Tables.read(ans, sizes.row_levels + sizes.column_levels - 1, count)
+    of_rows = Tables.read(ans, 1, sizes.row_levels) if sizes.row_levels > 1 else None
+    of_columns = Tables.read(ans, 1, sizes.column_levels) if sizes.column_levels > 1 else None
+    column_levels = plain.column_levels
+    if of_columns is not None:
+        column_levels = ans.take(columns, of_columns.weights(0)).astype(np.uint8)
+    return _ReadCoding(_Coding(sizes.alphabet, Grid(plain.row_levels, column_levels, tables)), of_rows)
+
+
+# --- a layer
+
+_KINDS = ("type", "magnitude", "dense")
+
+
+def _limits(spec: LayerSpec) -> dict[str, tuple[int, int]]:
+    half = 1 << (spec.weight_bits - 1)
+    return {"type": (0, DENSE), "magnitude": (0, (1 << spec.magnitude_bits) - 1), "dense": (-half, half - 1)}
+
+
+def _grid_shapes(spec: LayerSpec) -> dict[str, tuple[int, int]]:
+    (m, k), (m_blocks, k_blocks) = spec.matrix, spec.block_grid
+    blocks = (spec.groups * m_blocks, k_blocks)
+    return {"type": blocks, "magnitude": blocks, "dense": (spec.groups * m, k)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Streams:
+    """The arrays of a layer with the rows of all groups one under the other."""
+
+    types: NDArray[np.uint8]
+    magnitudes: NDArray[np.uint16]
+    dense: NDArray[np.int16]
+    signs: NDArray[np.uint8]
+
+
+def _streams_of(layer: CompressedLayer, spec: LayerSpec) -> _Streams:
+    shapes = _grid_shapes(spec)
+    weights = layer.weights
+    return _Streams(
+        layer.types.reshape(shapes["type"]),
+        weights.magnitudes.reshape(shapes["magnitude"]),
+        weights.dense.reshape(shapes["dense"]),
+        weights.signs.reshape(shapes["dense"]),
+    )
+
+
+def encode_layer(layer: CompressedLayer, spec: LayerSpec, contexts: frozenset[str]) -> tuple[bytes, dict[str, int]]:
+    """The section of a layer, and its bytes by stream (``other`` is all that is no stream).
+
+    Parameters
+    ----------
+    layer : CompressedLayer
+    spec : LayerSpec
+    contexts : frozenset of {"type", "magnitude", "dense"}
+        Kinds of symbols whose rows and columns may have levels.
+    """
+    streams = _streams_of(layer, spec)
+    everywhere = slice(0, len(streams.types))
+    unified, dense = streams.types == UNIFIED, streams.types == DENSE
+    dense_mask = spec.expand(dense, everywhere)
+    masks = {"type": np.ones_like(unified), "magnitude": unified, "dense": dense_mask}
+    values = {
+        "type": streams.types.ravel(),
+        "magnitude": streams.magnitudes[unified],
+        "dense": streams.dense.ravel() if dense.all() else streams.dense[dense_mask],
+    }
+    codings, symbols = {}, {}
+    for kind in _KINDS:
+        codings[kind], symbols[kind] = _coding_of(values[kind], masks[kind], kind=kind, with_levels=kind in contexts)
+    zero_signs = bool(streams.signs[spec.expand(unified & (streams.magnitudes == 0), everywhere)].any())
+    out, header_ans = Writer(), AnsWriter()
+    for kind in _KINDS:
+        _write_coding(out, header_ans, codings[kind])
+    out.varint(int(zero_signs))
+    parts, sizes = [], dict.fromkeys((*_KINDS, "sign"), 0)
+    at = dict.fromkeys(_KINDS, 0)
+    for block_rows, rows in spec.row_groups():
+        ans = AnsWriter()
+        group_bits = {}
+        for kind in _KINDS:
+            here = rows if kind == "dense" else block_rows
+            mask = masks[kind][here]
+            count = int(np.count_nonzero(mask))
+            chosen = symbols[kind][at[kind] : at[kind] + count]
+            at[kind] += count
+            group_bits[kind] = _put_group(ans, codings[kind], chosen, here, mask)
+        words = ans.words().astype("<u4").tobytes()
+        shown = unified[block_rows] if zero_signs else unified[block_rows] & (streams.magnitudes[block_rows] > 0)
+        sign_mask = spec.expand(shown, block_rows)
+        signs = np.packbits(streams.signs[rows][sign_mask], bitorder="little").tobytes()
+        parts.append((words, signs))
+        sizes["sign"] += len(signs)
+        total = sum(group_bits.values()) or 1.0
+        for kind in _KINDS:
+            sizes[kind] += round(len(words) * group_bits[kind] / total)
+    _finish(out, header_ans, layer.weights.requantizer, parts)
+    content = out.bytes()
+    return content, sizes | {"other": len(content) - sum(sizes.values())}
+
+
+def _put_group(
+    ans: AnsWriter, coding: _Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]
+) -> float:
+    """Levels of the rows, then the symbols; gives their ideal bits."""
+    if not coding.is_coded or not symbols.size:
+        return 0.0
+    grid = coding.grid
+    bits = 0.0
+    if grid.row_levels.any():
+        counts = np.bincount(grid.row_levels, minlength=int(grid.row_levels.max()) + 1)[None]
+        of_rows = Tables.of_counts(counts)
+        ans.put(grid.row_levels[rows], of_rows.weights(0))
+        bits += float(of_rows.bits()[0][grid.row_levels[rows]].sum())
+    grid.put(ans, symbols, rows, None if mask.all() else mask)
+    if len(grid.tables.codes) == 1:
+        return bits + float(grid.tables.bits()[0] @ np.bincount(symbols, minlength=len(coding.alphabet.values)))
+    return bits + float(grid.tables.bits()[grid.classes(rows, mask), symbols].sum())
+
+
+def _finish(
+    out: Writer, header_ans: AnsWriter, requantizer: Requantizer | None, parts: list[tuple[bytes, bytes]]
+) -> None:
+    """Lengths, words of the header, requantiser, checksum; then the groups, each with its own."""
+    words = header_ans.words().astype("<u4").tobytes()
+    out.varint(len(words) // 4)
+    for group, signs in parts:
+        out.varint(len(group) // 4)
+        out.varint(len(signs))
+    out.raw(words)
+    if requantizer is not None:
+        plain = b"".join(
+            values.astype(dtype).tobytes()
+            for values, dtype in ((requantizer.bias, "<i4"), (requantizer.scale, "<i2"), (requantizer.shift, "u1"))
+        )
+        packed = zlib.compress(plain, 9)
+        out.varint(len(packed))
+        out.raw(packed)
+    out.checksum()
+    for group, signs in parts:
+        inner = Writer()
+        inner.raw(group)
+        inner.raw(signs)
+        inner.checksum()
+        out.raw(inner.bytes())
+
+
+def inflate(packed: memoryview, size: int, source: Reader, field: str) -> bytes:
+    """The inverse of zlib for a known size: never more memory than that.
+
+    Raises
+    ------
+    FormatError
+        Not zlib's format, or of another size.
+    """
+    engine = zlib.decompressobj()
+    try:
+        content = engine.decompress(bytes(packed), size + 1)
+    except zlib.error as error:
+        raise source.refuse(field, f"{error}: damaged") from None
+    if len(content) != size or not engine.eof or engine.unused_data:
+        raise source.refuse(field, f"is not {size} bytes when unpacked: damaged")
+    return content
+
+
+@dataclass(frozen=True, eq=False)
+class _Header:
+    codings: dict[str, _ReadCoding]
+    zero_signs: bool
+    group_sizes: list[tuple[int, int]]
+    requantizer: Requantizer | None
+
+
+def _read_header(source: Reader, spec: LayerSpec) -> _Header:
+    limits, shapes = _limits(spec), _grid_shapes(spec)
+    sizes = {kind: _read_sizes(source, f"{spec.name}.{kind}", *limits[kind]) for kind in _KINDS}
+    zero_signs = bool(source.varint(f"{spec.name}.zero_signs", 1))
+    most = len(source.content) // 4
+    words = source.varint(f"{spec.name}.header", most)
+    group_sizes = [
+        (source.varint(f"{spec.name}.groups", most), source.varint(f"{spec.name}.groups", 4 * most + 4))
+        for _ in spec.row_groups()
+    ]
+    raw = source.raw(4 * words, f"{spec.name}.header")
+    packed = None
+    if spec.relu is not None:
+        packed = source.raw(source.varint(f"{spec.name}.requantizer", 4 * most + 4), f"{spec.name}.requantizer")
+    source.checksum(f"{spec.name}.header")
+    ans = AnsReader(np.frombuffer(raw, "<u4").astype(np.uint32), source.source)
+    codings = {kind: _read_coding(ans, sizes[kind], *shapes[kind]) for kind in _KINDS}
+    ans.end()
+    requantizer = None
+    if packed is not None:
+        channels = spec.weight_shape[0]
+        plain = inflate(packed, 7 * channels, source, f"{spec.name}.requantizer")
+        requantizer = Requantizer(
+            np.frombuffer(plain, "<i4", channels).astype(np.int32),
+            np.frombuffer(plain, "<i2", channels, 4 * channels).astype(np.int16),
+            np.frombuffer(plain, "u1", channels, 6 * channels).copy(),
+            relu=bool(spec.relu),
+        )
+    return _Header(codings, zero_signs, group_sizes, requantizer)
+
+
+def decode_layer(section: memoryview, spec: LayerSpec, origin: str, only: range | None = None) -> CompressedLayer:
+    """The layer of a section; with ``only``, just those groups of block rows, all other blocks pruned.
+
+    Raises
+    ------
+    FormatError
+        A checksum that does not match, or anything that no encoder writes.
+    """
+    source = Reader(section, origin)
+    header = _read_header(source, spec)
+    shapes = _grid_shapes(spec)
+    streams = _Streams(
+        np.zeros(shapes["type"], np.uint8),
+        np.zeros(shapes["magnitude"], np.uint16),
+        np.zeros(shapes["dense"], np.int16),
+        np.zeros(shapes["dense"], np.uint8),
+    )
+    for number, (where, (words, signs)) in enumerate(zip(spec.row_groups(), header.group_sizes, strict=True)):
+        field = f"{spec.name}.groups.{number}"
+        inner = Reader(source.raw(4 * words + signs + 4, field), origin)
+        if only is not None and number not in only:
+            continue
+        content = inner.raw(4 * words + signs, field)
+        inner.checksum(field)
+        ans = AnsReader(np.frombuffer(content[: 4 * words], "<u4").astype(np.uint32), f"{origin}: {field}")
+        _decode_group(ans, np.frombuffer(content[4 * words :], np.uint8), spec, header, where, streams)
+    source.end(spec.name)
+    (m, k), grid = spec.matrix, (spec.groups, *spec.block_grid)
+    weights = QuantizedWeights(
+        dense=streams.dense.reshape(spec.groups, m, k),
+        signs=streams.signs.reshape(spec.groups, m, k),
+        magnitudes=streams.magnitudes.reshape(grid),
+        weight_bits=spec.weight_bits,
+        magnitude_bits=spec.magnitude_bits,
+        step_size=spec.step_size,
+        requantizer=header.requantizer,
+    )
+    return CompressedLayer(spec.name, spec.block, spec.column_order, streams.types.reshape(grid), weights)
+
+
+def _decode_group(
+    ans: AnsReader,
+    packed_signs: NDArray[np.uint8],
+    spec: LayerSpec,
+    header: _Header,
+    where: tuple[slice, slice],
+    streams: _Streams,
+) -> None:
+    """One group into its rows of the arrays."""
+    block_rows, rows = where
+    types = streams.types[block_rows]
+    types[...] = _take(ans, header.codings["type"], block_rows, None, types.size).reshape(types.shape)
+    unified, dense = types == UNIFIED, types == DENSE
+    magnitudes = streams.magnitudes[block_rows]
+    magnitudes[unified] = _take(
+        ans, header.codings["magnitude"], block_rows, unified, int(np.count_nonzero(unified))
+    )
+    if dense.all():
+        found = _take(ans, header.codings["dense"], rows, None, streams.dense[rows].size)
+        streams.dense[rows] = found.reshape(-1, spec.matrix[1])
+    elif dense.any():
+        mask = spec.expand(dense, block_rows)
+        found = _take(ans, header.codings["dense"], rows, mask, int(np.count_nonzero(mask)))
+        streams.dense[rows][mask] = found
+    ans.end()
+    signed = spec.expand(unified if header.zero_signs else unified & (magnitudes > 0), block_rows)
+    count = int(np.count_nonzero(signed))
+    if len(packed_signs) != -(-count // 8):
+        message = f"{len(packed_signs)} bytes of signs, {count} weights have one: damaged"
+        raise FormatError(ans.source, Problem("sign", message))
+    if count:
+        streams.signs[rows][signed] = np.unpackbits(packed_signs, count=count, bitorder="little")
+
+
+def _take(
+    ans: AnsReader, read: _ReadCoding, rows: slice, mask: NDArray[np.bool_] | None, count: int
+) -> NDArray[np.integer]:
+    """Values of one kind in one group."""
+    values = read.coding.alphabet.values
+    if not count:
+        return np.zeros(0, np.int64)
+    if not read.coding.is_coded:
+        if not len(values):
+            raise FormatError(ans.source, "blocks of a type whose values are missing: damaged")
+        return np.full(count, values[0])
+    if read.row_tables is not None:
+        levels = ans.take(rows.stop - rows.start, read.row_tables.weights(0))
+        read.coding.grid.row_levels[rows] = levels
+    symbols = read.coding.grid.take(ans, rows, mask, count)
+    return values[symbols]
