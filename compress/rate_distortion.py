@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress.blocks import block_sums, expand_blocks, weight_to_matrix
+from compress.blocks import block_sums, expand_blocks, real_entries, weight_to_matrix
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize, magnitude_range, weight_range
 from hwsim.errors import InputError, Problem
@@ -28,7 +28,7 @@ __all__ = ["coarsen", "coarsen_network", "curvatures", "refit_biases", "set_weig
 
 Array = NDArray[np.float64]
 
-STEP_FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+STEP_FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4)
 """Steps that are tried, as multiples of the one that is best at high rate."""
 
 LOG_RATIOS = (1.12, 1.25, 1.4)
@@ -37,8 +37,11 @@ LOG_RATIOS = (1.12, 1.25, 1.4)
 CURVATURE_FLOOR = 0.02
 """Share of a layer's mean curvature that every weight has at least: calibration sees few inputs."""
 
-SEARCH_VALUES = 1 << 14
+SEARCH_VALUES = 1 << 12
 """Values on which a grid is chosen: a regular sample of larger layers."""
+
+TURNS = 3
+"""Turns in which bits and rounding settle."""
 
 NO_SYMBOL_BITS = 16.0
 """Cost of a grid point that nothing was rounded to so far."""
@@ -148,18 +151,19 @@ def _round(values: _Values, grid: Array, zero: int, multiplier: float, bits: Arr
     The bits come from the rounding itself, settled in a few turns, unless they are given.
     """
     nearest = _nearest(values.exact, grid)
-    inner = nearest - np.sign(nearest - zero)
-    candidates = np.stack([nearest, inner, np.full_like(nearest, zero)])
-    loss = 0.5 * values.curvature * (grid[candidates] - values.exact) ** 2
-    loss += multiplier * values.sign_bits * (candidates != zero)
-    indices = nearest
-    for _ in range(1 if bits is not None else 3):
-        table = bits if bits is not None else _bits(indices, len(grid))
-        total = loss + multiplier * table[candidates]
-        best = total.argmin(axis=0)
-        indices = np.take_along_axis(candidates, best[None], 0)[0]
-    cost = float(np.take_along_axis(total, best[None], 0).sum())
-    return _Rounding(indices, _bits(indices, len(grid)), cost)
+    candidates = (nearest, nearest - np.sign(nearest - zero), np.full_like(nearest, zero))
+    losses = [0.5 * values.curvature * (grid[indices] - values.exact) ** 2 for indices in candidates]
+    for loss, indices in zip(losses, candidates, strict=True):
+        loss += multiplier * values.sign_bits * (indices != zero)
+    chosen = nearest
+    for _ in range(1 if bits is not None else TURNS):
+        price = multiplier * (bits if bits is not None else _bits(chosen, len(grid)))
+        chosen, least = candidates[0], losses[0] + price[candidates[0]]
+        for loss, indices in zip(losses[1:], candidates[1:], strict=True):
+            total = loss + price[indices]
+            better = total < least
+            chosen, least = np.where(better, indices, chosen), np.where(better, total, least)
+    return _Rounding(chosen, _bits(chosen, len(grid)), float(least.sum()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,10 +269,10 @@ def coarsen(
     dense = _Values(
         weights.dense[is_dense] * step, curvature[is_dense], np.zeros(int(np.count_nonzero(is_dense)))
     )
-    in_blocks, entries = (
-        block_sums(torch.from_numpy(part), block).numpy()[is_unified]
-        for part in (curvature, np.ones(weights.dense.shape))
-    )
+    in_blocks = entries = np.zeros(0)
+    if is_unified.any():
+        in_blocks = block_sums(torch.from_numpy(curvature), block).numpy()[is_unified]
+        entries = real_entries(m, k, block).double().expand(layer.types.shape).numpy()[is_unified]
     shared = _Values(weights.magnitudes[is_unified] * step, in_blocks, entries)
     grids = _grids(dense, shared, multiplier, weight_bits, magnitude_bits)
     integers = np.zeros(weights.dense.shape, np.int16)
@@ -283,7 +287,9 @@ def coarsen(
             rounding = _round(values, grid.points, grid.zero, multiplier, bits)
             target[mask] = grid.integers[rounding.indices]
             new_step = grid.step
-    signs = weights.signs * expand_blocks(torch.from_numpy(magnitudes > 0), block, m, k).numpy()
+    signs = weights.signs
+    if is_unified.any():
+        signs = signs * expand_blocks(torch.from_numpy(magnitudes > 0), block, m, k).numpy()
     coarse = QuantizedWeights(
         integers, signs, magnitudes, weight_bits, magnitude_bits, float(np.float32(new_step))
     )

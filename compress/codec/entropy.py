@@ -242,6 +242,7 @@ def choose_levels(
     mask: NDArray[np.bool_],
     alphabet: int,
     scale: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    steps: tuple[float, ...],
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Row and column levels that make the symbols cheapest, or none (all 0) where none pay.
 
@@ -255,25 +256,27 @@ def choose_levels(
     alphabet : int
     scale : callable
         Maps a mean to the scale on which levels are even steps.
+    steps : tuple of float
+        Distances of neighbouring levels to try; with more than one, also levels of only the rows or only the columns.
 
     Returns
     -------
     row_levels, column_levels : uint8 arrays
     """
     rows, columns = mask.shape
-    row_of, column_of = np.nonzero(mask)
-    means = [_means(index, sizes, count) for index, count in ((row_of, rows), (column_of, columns))]
     none = (np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
-    best, least = none, _cost(symbols, none, row_of, column_of, alphabet)
     if symbols.size < 64:
         return none
-    for step in (0.2, 0.35, 0.6):
-        levels = [_levels(scale(values), step) for values in means]
-        for candidate in ((levels[0], levels[1]), (levels[0], none[1]), (none[0], levels[1])):
-            cost = _cost(symbols, candidate, row_of, column_of, alphabet)
-            if cost < least:
-                best, least = candidate, cost
-    return best
+    row_of, column_of = np.divmod(np.flatnonzero(mask), columns)
+    means = [scale(_means(index, sizes, count)) for index, count in ((row_of, rows), (column_of, columns))]
+
+    def cost(levels: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> float:
+        return _cost(symbols, levels, row_of, column_of, alphabet)
+
+    tried = [(_levels(means[0], step), _levels(means[1], step)) for step in steps]
+    best = min(tried, key=cost)
+    others = [none] if len(steps) == 1 else [none, (best[0], none[1]), (none[0], best[1])]
+    return min([best, *others], key=cost)
 
 
 def _means(index: NDArray[np.intp], sizes: NDArray[np.float64], count: int) -> NDArray[np.float64]:

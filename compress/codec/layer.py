@@ -228,7 +228,7 @@ def _plain(rows: int, columns: int) -> Grid:
 
 
 def _coding_of(
-    values: NDArray[np.integer], mask: NDArray[np.bool_], *, kind: str, with_levels: bool
+    values: NDArray[np.integer], mask: NDArray[np.bool_], *, kind: str, steps: tuple[float, ...]
 ) -> tuple[_Coding, NDArray[np.int32]]:
     """How the values under a mask are coded best, and they as symbols."""
     alphabet, symbols = _alphabet_of(values, even=kind == "dense")
@@ -236,14 +236,14 @@ def _coding_of(
     if count < 2:
         return _Coding(alphabet, _plain(*mask.shape)), symbols
     rows, columns = np.zeros(mask.shape[0], np.uint8), np.zeros(mask.shape[1], np.uint8)
-    if with_levels and count <= MAX_CLASS_SYMBOLS:
+    if count <= MAX_CLASS_SYMBOLS:
         if kind == "type":
             sizes = (alphabet.values[symbols] > 0).astype(np.float64)
-            rows, columns = choose_levels(symbols, sizes, mask, count, _logit)
+            rows, columns = choose_levels(symbols, sizes, mask, count, _logit, steps)
         else:
             sizes = np.abs(alphabet.values)[symbols].astype(np.float64)
             spread = float(sizes.mean()) / 8 + 1e-9
-            rows, columns = choose_levels(symbols, sizes, mask, count, lambda means: np.log(means + spread))
+            rows, columns = choose_levels(symbols, sizes, mask, count, lambda means: np.log(means + spread), steps)
     grid = Grid(rows, columns, Tables(np.ones((1, 1), np.uint8)))
     top = int(rows.max(initial=0)) + int(columns.max(initial=0)) + 1
     if top == 1:
@@ -363,15 +363,17 @@ def _streams_of(layer: CompressedLayer, spec: LayerSpec) -> _Streams:
     )
 
 
-def encode_layer(layer: CompressedLayer, spec: LayerSpec, contexts: frozenset[str]) -> tuple[bytes, dict[str, int]]:
-    """The section of a layer, and its bytes by stream (``other`` is all that is no stream).
+def encode_layer(
+    layer: CompressedLayer, spec: LayerSpec, steps: tuple[float, ...], *, with_sizes: bool = False
+) -> tuple[bytes, dict[str, int]]:
+    """The section of a layer, and where asked for its bytes by stream (``other`` is all that is no stream).
 
     Parameters
     ----------
     layer : CompressedLayer
     spec : LayerSpec
-    contexts : frozenset of {"type", "magnitude", "dense"}
-        Kinds of symbols whose rows and columns may have levels.
+    steps : tuple of float
+        As of `compress.codec.entropy.choose_levels`.
     """
     streams = _streams_of(layer, spec)
     everywhere = slice(0, len(streams.types))
@@ -385,7 +387,7 @@ def encode_layer(layer: CompressedLayer, spec: LayerSpec, contexts: frozenset[st
     }
     codings, symbols = {}, {}
     for kind in _KINDS:
-        codings[kind], symbols[kind] = _coding_of(values[kind], masks[kind], kind=kind, with_levels=kind in contexts)
+        codings[kind], symbols[kind] = _coding_of(values[kind], masks[kind], kind=kind, steps=steps)
     zero_signs = bool(streams.signs[spec.expand(unified & (streams.magnitudes == 0), everywhere)].any())
     out, header_ans = Writer(), AnsWriter()
     for kind in _KINDS:
@@ -402,7 +404,9 @@ def encode_layer(layer: CompressedLayer, spec: LayerSpec, contexts: frozenset[st
             count = int(np.count_nonzero(mask))
             chosen = symbols[kind][at[kind] : at[kind] + count]
             at[kind] += count
-            group_bits[kind] = _put_group(ans, codings[kind], chosen, here, mask)
+            _put_group(ans, codings[kind], chosen, here, mask)
+            if with_sizes:
+                group_bits[kind] = _group_bits(codings[kind], chosen, here, mask)
         words = ans.words().astype("<u4").tobytes()
         shown = unified[block_rows] if zero_signs else unified[block_rows] & (streams.magnitudes[block_rows] > 0)
         sign_mask = spec.expand(shown, block_rows)
@@ -410,8 +414,8 @@ def encode_layer(layer: CompressedLayer, spec: LayerSpec, contexts: frozenset[st
         parts.append((words, signs))
         sizes["sign"] += len(signs)
         total = sum(group_bits.values()) or 1.0
-        for kind in _KINDS:
-            sizes[kind] += round(len(words) * group_bits[kind] / total)
+        for kind, bits in group_bits.items():
+            sizes[kind] += int(len(words) * bits / total)
     _finish(out, header_ans, layer.weights.requantizer, parts)
     content = out.bytes()
     return content, sizes | {"other": len(content) - sum(sizes.values())}
@@ -419,21 +423,30 @@ def encode_layer(layer: CompressedLayer, spec: LayerSpec, contexts: frozenset[st
 
 def _put_group(
     ans: AnsWriter, coding: _Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]
+) -> None:
+    """Levels of the rows, then the symbols."""
+    if not coding.is_coded or not symbols.size:
+        return
+    grid = coding.grid
+    if grid.row_levels.any():
+        ans.put(grid.row_levels[rows], _row_tables(grid).weights(0))
+    grid.put(ans, symbols, rows, None if mask.all() else mask)
+
+
+def _row_tables(grid: Grid) -> Tables:
+    return Tables.of_counts(np.bincount(grid.row_levels, minlength=int(grid.row_levels.max()) + 1)[None])
+
+
+def _group_bits(
+    coding: _Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]
 ) -> float:
-    """Levels of the rows, then the symbols; gives their ideal bits."""
+    """Ideal bits of what `_put_group` writes."""
     if not coding.is_coded or not symbols.size:
         return 0.0
-    grid = coding.grid
-    bits = 0.0
-    if grid.row_levels.any():
-        counts = np.bincount(grid.row_levels, minlength=int(grid.row_levels.max()) + 1)[None]
-        of_rows = Tables.of_counts(counts)
-        ans.put(grid.row_levels[rows], of_rows.weights(0))
-        bits += float(of_rows.bits()[0][grid.row_levels[rows]].sum())
-    grid.put(ans, symbols, rows, None if mask.all() else mask)
-    if len(grid.tables.codes) == 1:
-        return bits + float(grid.tables.bits()[0] @ np.bincount(symbols, minlength=len(coding.alphabet.values)))
-    return bits + float(grid.tables.bits()[grid.classes(rows, mask), symbols].sum())
+    grid, costs = coding.grid, coding.grid.tables.bits()
+    levels = _row_tables(grid).bits()[0][grid.row_levels[rows]].sum() if grid.row_levels.any() else 0.0
+    classes = grid.classes(rows, mask) if len(costs) > 1 else np.zeros(symbols.size, np.uint8)
+    return float(levels + costs[classes, symbols].sum())
 
 
 def _finish(
