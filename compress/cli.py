@@ -58,7 +58,7 @@ def train(
     Networks that fit the 28x28 images: lenet5, lenet300, resnet20.
     """
     from compress import zoo
-    from compress.artifact import check_writable
+    from compress.container import check_writable
     from compress.train import Checkpoint, note_of, save_checkpoint
     from compress.train import train as run
 
@@ -167,9 +167,10 @@ def compress(
     """
     import logging
 
-    from compress.artifact import check_writable, save_artifact
+    from compress.artifact import save_artifact
     from compress.budget import as_budget
     from compress.cli_hardware import parse_block
+    from compress.container import check_writable
     from compress.rebuild import compress_checkpoint
     from compress.train import load_checkpoint
     from hwsim.tables import format_table

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hwsim.layer import Layer, LayerShape, QuantizedWeights
 
-__all__ = ["CompressedLayer"]
+__all__ = ["Activations", "CompressedLayer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,3 +38,26 @@ class CompressedLayer:
     def on_hardware(self, shape: LayerShape) -> Layer:
         """The layer as the simulator takes it, with the geometry that a forward pass showed."""
         return Layer(shape, self.block, self.types, self.weights, self.column_order)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Scales and surroundings of a layer in the integer model: real value = integer × scale.
+
+    Attributes
+    ----------
+    input_scale, output_scale : float
+        Of the tensor that the layer reads, and of the one that its requantiser writes.
+    norm : str
+        Module of the batch normalisation that the requantiser carries out; empty where there is none.
+    nonlinearity : {"none", "relu", "relu6"}
+        What the requantiser applies. relu6 is a relu whose output scale makes the largest integer at most 6.
+    producer : str
+        The layer whose integers are read as they are; empty where a float tensor is quantised first.
+    """
+
+    input_scale: float
+    output_scale: float
+    norm: str = ""
+    nonlinearity: Literal["none", "relu", "relu6"] = "none"
+    producer: str = ""

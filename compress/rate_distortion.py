@@ -1,7 +1,7 @@
 """Coarser integers for a smaller file: each weight is rounded where the loss gains least per bit saved.
 
-One number decides, the multiplier λ: what a bit is worth in units of the loss (nats). Per layer the grid is chosen, per weight or
-shared magnitude the point on it, both by least ``½·h·(ŵ − w)² + λ·bits(ŵ)`` with h the diagonal of the Fisher matrix. What
+One number decides, the multiplier λ: what a bit is worth in units of the loss (nats). Per layer the grid is chosen, per
+weight or shared magnitude the point on it, both by least ``½·h·(ŵ − w)² + λ·bits(ŵ)`` with h the diagonal of the Fisher matrix. What
 comes out is the integers that run and that the file holds; `compress.codec` adds nothing and loses nothing.
 
 Sources: entropy-constrained quantisation: Chou, Lookabaugh, Gray, "Entropy-constrained vector quantization", IEEE
@@ -145,7 +145,9 @@ def _nearest(exact: Array, grid: Array) -> NDArray[np.int64]:
     return np.searchsorted((grid[1:] + grid[:-1]) / 2, exact)
 
 
-def _round(values: _Values, grid: Array, zero: int, multiplier: float, bits: Array | None = None) -> _Rounding:
+def _round(
+    values: _Values, grid: Array, zero: int, multiplier: float, bits: Array | None = None
+) -> _Rounding:
     """Round to an ascending grid by loss and rate: to the nearest point, its neighbour towards 0, or 0.
 
     The bits come from the rounding itself, settled in a few turns, unless they are given.
@@ -175,7 +177,7 @@ class _Grid:
 
     @property
     def points(self) -> Array:
-        return self.integers * float(np.float32(self.step))
+        return self.integers.astype(np.float64) * float(np.float32(self.step))
 
     @property
     def zero(self) -> int:
@@ -321,7 +323,9 @@ def _grids(
     best: tuple[float, _Chosen, _Chosen] | None = None
     for stride in (1, 2, 4, 8):
         step = coarse.step / stride
-        if stride > 1 and (step < least_step or coarse.integers[-1] * stride > high or coarse.integers[0] * stride < low):
+        if stride > 1 and (
+            step < least_step or coarse.integers[-1] * stride > high or coarse.integers[0] * stride < low
+        ):
             break
         wide, dense_cost, dense_bits = _choose(
             dense, [_uniform(dense, coarse.step, low, high, stride)], multiplier
@@ -360,7 +364,9 @@ def coarsen_network(
 ) -> dict[str, CompressedLayer]:
     """`coarsen` for every layer; the weights of the model follow."""
     coarse = {
-        name: coarsen(layer, curvature[name], multiplier, weight_bits=weight_bits, magnitude_bits=magnitude_bits)
+        name: coarsen(
+            layer, curvature[name], multiplier, weight_bits=weight_bits, magnitude_bits=magnitude_bits
+        )
         for name, layer in layers.items()
     }
     set_weights(model, coarse)
@@ -393,7 +399,9 @@ def refit_biases(
         Of Adam; falls to 0 over the run.
     fraction_bits : int
     """
-    biases = [bias for name in names if (bias := model.get_submodule(name)._parameters.get("bias")) is not None]
+    biases = [
+        bias for name in names if (bias := model.get_submodule(name)._parameters.get("bias")) is not None
+    ]
     if not biases:
         return
     optimizer = torch.optim.Adam(biases, lr=lr)

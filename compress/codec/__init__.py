@@ -5,7 +5,14 @@ What a file holds is what runs: everything here is lossless. Coarser integers ar
 """
 
 from compress.codec.layer import LayerSpec
-from compress.codec.network import DEFAULT_MAX_WEIGHTS, PRESETS, decode_network, encode_network, section_sizes
+from compress.codec.network import (
+    DEFAULT_MAX_WEIGHTS,
+    PRESETS,
+    decode_network,
+    encode_network,
+    section_sizes,
+    state_size,
+)
 
 __all__ = [
     "DEFAULT_MAX_WEIGHTS",
@@ -14,4 +21,5 @@ __all__ = [
     "decode_network",
     "encode_network",
     "section_sizes",
+    "state_size",
 ]

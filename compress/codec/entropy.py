@@ -233,7 +233,10 @@ def _by_class(classes: NDArray[np.uint8], count: int) -> list[tuple[int, NDArray
     """The places of each class, ascending."""
     order = np.argsort(classes, kind="stable")
     ends = np.cumsum(np.bincount(classes, minlength=count))
-    return [(index, order[start:stop]) for index, (start, stop) in enumerate(zip((0, *ends[:-1]), ends, strict=True))]
+    return [
+        (index, order[start:stop])
+        for index, (start, stop) in enumerate(zip((0, *ends[:-1]), ends, strict=True))
+    ]
 
 
 def choose_levels(

@@ -33,7 +33,7 @@ class Writer:
     def __init__(self) -> None:
         self._parts = bytearray()
 
-    def bytes(self) -> bytes:
+    def content(self) -> bytes:
         """What was written so far."""
         return bytes(self._parts)
 

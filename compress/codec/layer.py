@@ -5,22 +5,15 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.codec.entropy import (
-    MAX_LEVELS,
-    MAX_SYMBOLS,
-    AnsReader,
-    AnsWriter,
-    Grid,
-    Tables,
-    choose_levels,
-    entropy_bits,
-)
-from compress.codec.fields import Reader, Writer, unzigzag, zigzag
+from compress.codec.entropy import AnsReader, AnsWriter, Grid, Tables
+from compress.codec.fields import Reader, Writer
+from compress.codec.symbols import Coding, ReadCoding, coding_of, read_coding, read_sizes, write_coding
 from compress.layers import CompressedLayer
 from hwsim.errors import FormatError, Problem
 from hwsim.layer import DENSE, UNIFIED, QuantizedWeights, Requantizer
@@ -29,9 +22,6 @@ __all__ = ["LayerSpec", "decode_layer", "encode_layer", "read_spec", "spec_of", 
 
 GROUP_WEIGHTS = 1 << 17
 """Weights that a group of block rows aims at."""
-
-MAX_CLASS_SYMBOLS = 1 << 14
-"""Largest alphabet where a layer has more than one class; entries of all tables together stay under a million."""
 
 COLUMN_ORDERS: tuple[Literal["tap_major", "channel_major"], ...] = ("tap_major", "channel_major")
 
@@ -90,7 +80,7 @@ class LayerSpec:
         edges = [*range(0, total, step), total]
         return [
             (slice(start, stop), slice(self._matrix_row(start), self._matrix_row(stop)))
-            for start, stop in zip(edges[:-1], edges[1:], strict=True)
+            for start, stop in pairwise(edges)
         ]
 
     def _matrix_row(self, block_row: int) -> int:
@@ -157,175 +147,6 @@ def read_spec(source: Reader, max_weights: int) -> LayerSpec:
     return LayerSpec(name, shape, groups, block, order, weight_bits, magnitude_bits, step_size, flags[relu])
 
 
-# --- the three kinds of symbols
-
-
-@dataclass(frozen=True, eq=False)
-class _Alphabet:
-    """The integers that the symbols 0, 1, 2 … stand for, ascending."""
-
-    values: NDArray[np.int64]
-
-    def write(self, out: Writer) -> None:
-        out.varint(len(self.values))
-        if not len(self.values):
-            return
-        out.varint(zigzag(int(self.values[0])))
-        steps = np.diff(self.values)
-        even = len(steps) > 0 and (steps == steps[0]).all()
-        if len(steps):
-            out.varint(int(steps[0]) if even else 0)
-        if not even:
-            for step in steps:
-                out.varint(int(step))
-
-    @classmethod
-    def read(cls, source: Reader, field: str, low: int, high: int) -> _Alphabet:
-        count = source.varint(field, min(high - low + 1, MAX_SYMBOLS))
-        if not count:
-            return cls(np.zeros(0, np.int64))
-        first = unzigzag(source.varint(field, 2 * MAX_SYMBOLS))
-        even = source.varint(field, MAX_SYMBOLS) if count > 1 else 0
-        steps = [even or source.varint(field, MAX_SYMBOLS, 1) for _ in range(count - 1)]
-        values = first + np.concatenate(([0], np.cumsum(steps, dtype=np.int64))).astype(np.int64)
-        if values[0] < low or values[-1] > high:
-            raise source.refuse(field, f"{values[0]} to {values[-1]}, must lie in {low} to {high}")
-        return cls(values)
-
-
-def _alphabet_of(values: NDArray[np.integer], *, even: bool) -> tuple[_Alphabet, NDArray[np.int32]]:
-    """The alphabet of some values, and the values as symbols.
-
-    With ``even`` the alphabet has every multiple of the greatest common divisor between the extremes, used or not.
-    """
-    if not values.size:
-        return _Alphabet(np.zeros(0, np.int64)), np.zeros(0, np.int32)
-    low, high = int(values.min()), int(values.max())
-    present = np.flatnonzero(np.bincount(values.astype(np.int32) - low, minlength=1)) + low
-    if not even:
-        symbol_of = np.zeros(high - low + 1, np.int32)
-        symbol_of[present - low] = np.arange(len(present))
-        return _Alphabet(present), symbol_of[values.astype(np.int32) - low]
-    stride = max(1, int(np.gcd.reduce(present - low)))
-    return _Alphabet(np.arange(low, high + 1, stride)), (values.astype(np.int32) - low) // stride
-
-
-@dataclass(frozen=True, eq=False)
-class _Coding:
-    """Alphabet and grid of one kind of symbol."""
-
-    alphabet: _Alphabet
-    grid: Grid
-
-    @property
-    def is_coded(self) -> bool:
-        """False where all symbols are alike, or where there are none."""
-        return len(self.alphabet.values) > 1
-
-
-def _plain(rows: int, columns: int) -> Grid:
-    return Grid(np.zeros(rows, np.uint8), np.zeros(columns, np.uint8), Tables(np.ones((1, 1), np.uint8)))
-
-
-def _coding_of(
-    values: NDArray[np.integer], mask: NDArray[np.bool_], *, kind: str, steps: tuple[float, ...]
-) -> tuple[_Coding, NDArray[np.int32]]:
-    """How the values under a mask are coded best, and they as symbols."""
-    alphabet, symbols = _alphabet_of(values, even=kind == "dense")
-    count = len(alphabet.values)
-    if count < 2:
-        return _Coding(alphabet, _plain(*mask.shape)), symbols
-    rows, columns = np.zeros(mask.shape[0], np.uint8), np.zeros(mask.shape[1], np.uint8)
-    if count <= MAX_CLASS_SYMBOLS:
-        if kind == "type":
-            sizes = (alphabet.values[symbols] > 0).astype(np.float64)
-            rows, columns = choose_levels(symbols, sizes, mask, count, _logit, steps)
-        else:
-            sizes = np.abs(alphabet.values)[symbols].astype(np.float64)
-            spread = float(sizes.mean()) / 8 + 1e-9
-            rows, columns = choose_levels(symbols, sizes, mask, count, lambda means: np.log(means + spread), steps)
-    grid = Grid(rows, columns, Tables(np.ones((1, 1), np.uint8)))
-    top = int(rows.max(initial=0)) + int(columns.max(initial=0)) + 1
-    if top == 1:
-        counts = np.bincount(symbols, minlength=count)[None]
-    else:
-        classes = grid.classes(slice(0, len(rows)), mask).astype(np.int64)
-        counts = np.bincount(classes * count + symbols, minlength=top * count).reshape(top, count)
-    flat = symbols.size * math.log2(count)
-    tables = Tables.of_counts(counts) if entropy_bits(counts) < flat else Tables(np.ones((1, count), np.uint8))
-    if len(tables.codes) == 1:
-        rows, columns = np.zeros_like(rows), np.zeros_like(columns)
-    return _Coding(alphabet, Grid(rows, columns, tables)), symbols
-
-
-def _logit(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    inside = np.clip(shares, 1e-3, 1 - 1e-3)
-    return np.log(inside / (1 - inside))
-
-
-def _write_coding(out: Writer, ans: AnsWriter, coding: _Coding) -> None:
-    """Alphabet, number of levels, then (in the words of the header) tables and the levels of the columns."""
-    coding.alphabet.write(out)
-    if not coding.is_coded:
-        return
-    grid = coding.grid
-    is_flat = bool((grid.tables.codes == 1).all()) and len(grid.tables.codes) == 1
-    out.varint(int(is_flat))
-    if is_flat:
-        return
-    row_levels, column_levels = (int(part.max(initial=0)) + 1 for part in (grid.row_levels, grid.column_levels))
-    out.varint(row_levels)
-    out.varint(column_levels)
-    grid.tables.write(ans)
-    for levels, count in ((grid.row_levels, row_levels), (grid.column_levels, column_levels)):
-        if count > 1:
-            Tables.of_counts(np.bincount(levels, minlength=count)[None]).write(ans)
-    if column_levels > 1:
-        counts = np.bincount(grid.column_levels, minlength=column_levels)[None]
-        ans.put(grid.column_levels, Tables.of_counts(counts).weights(0))
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What is known of a coding before the words of the header are read."""
-
-    alphabet: _Alphabet
-    is_flat: bool
-    row_levels: int
-    column_levels: int
-
-
-def _read_sizes(source: Reader, field: str, low: int, high: int) -> _Sizes:
-    alphabet = _Alphabet.read(source, field, low, high)
-    if len(alphabet.values) < 2 or source.varint(field, 1):
-        return _Sizes(alphabet, True, 1, 1)
-    row_levels = source.varint(f"{field}.row_levels", MAX_LEVELS, 1)
-    column_levels = source.varint(f"{field}.column_levels", MAX_LEVELS, 1)
-    if row_levels + column_levels > 2 and len(alphabet.values) > MAX_CLASS_SYMBOLS:
-        raise source.refuse(field, f"{len(alphabet.values)} symbols in several classes")
-    return _Sizes(alphabet, False, row_levels, column_levels)
-
-
-@dataclass(frozen=True, eq=False)
-class _ReadCoding:
-    coding: _Coding
-    row_tables: Tables | None
-
-
-def _read_coding(ans: AnsReader, sizes: _Sizes, rows: int, columns: int) -> _ReadCoding:
-    plain, count = _plain(rows, columns), len(sizes.alphabet.values)
-    if sizes.is_flat:
-        flat = Tables(np.ones((1, max(count, 1)), np.uint8))
-        return _ReadCoding(_Coding(sizes.alphabet, Grid(plain.row_levels, plain.column_levels, flat)), None)
-    tables = Tables.read(ans, sizes.row_levels + sizes.column_levels - 1, count)
-    of_rows = Tables.read(ans, 1, sizes.row_levels) if sizes.row_levels > 1 else None
-    of_columns = Tables.read(ans, 1, sizes.column_levels) if sizes.column_levels > 1 else None
-    column_levels = plain.column_levels
-    if of_columns is not None:
-        column_levels = ans.take(columns, of_columns.weights(0)).astype(np.uint8)
-    return _ReadCoding(_Coding(sizes.alphabet, Grid(plain.row_levels, column_levels, tables)), of_rows)
-
-
 # --- a layer
 
 _KINDS = ("type", "magnitude", "dense")
@@ -387,11 +208,11 @@ def encode_layer(
     }
     codings, symbols = {}, {}
     for kind in _KINDS:
-        codings[kind], symbols[kind] = _coding_of(values[kind], masks[kind], kind=kind, steps=steps)
+        codings[kind], symbols[kind] = coding_of(values[kind], masks[kind], kind=kind, steps=steps)
     zero_signs = bool(streams.signs[spec.expand(unified & (streams.magnitudes == 0), everywhere)].any())
     out, header_ans = Writer(), AnsWriter()
     for kind in _KINDS:
-        _write_coding(out, header_ans, codings[kind])
+        write_coding(out, header_ans, codings[kind])
     out.varint(int(zero_signs))
     parts, sizes = [], dict.fromkeys((*_KINDS, "sign"), 0)
     at = dict.fromkeys(_KINDS, 0)
@@ -408,7 +229,9 @@ def encode_layer(
             if with_sizes:
                 group_bits[kind] = _group_bits(codings[kind], chosen, here, mask)
         words = ans.words().astype("<u4").tobytes()
-        shown = unified[block_rows] if zero_signs else unified[block_rows] & (streams.magnitudes[block_rows] > 0)
+        shown = (
+            unified[block_rows] if zero_signs else unified[block_rows] & (streams.magnitudes[block_rows] > 0)
+        )
         sign_mask = spec.expand(shown, block_rows)
         signs = np.packbits(streams.signs[rows][sign_mask], bitorder="little").tobytes()
         parts.append((words, signs))
@@ -417,12 +240,12 @@ def encode_layer(
         for kind, bits in group_bits.items():
             sizes[kind] += int(len(words) * bits / total)
     _finish(out, header_ans, layer.weights.requantizer, parts)
-    content = out.bytes()
+    content = out.content()
     return content, sizes | {"other": len(content) - sum(sizes.values())}
 
 
 def _put_group(
-    ans: AnsWriter, coding: _Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]
+    ans: AnsWriter, coding: Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]
 ) -> None:
     """Levels of the rows, then the symbols."""
     if not coding.is_coded or not symbols.size:
@@ -437,9 +260,7 @@ def _row_tables(grid: Grid) -> Tables:
     return Tables.of_counts(np.bincount(grid.row_levels, minlength=int(grid.row_levels.max()) + 1)[None])
 
 
-def _group_bits(
-    coding: _Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]
-) -> float:
+def _group_bits(coding: Coding, symbols: NDArray[np.int32], rows: slice, mask: NDArray[np.bool_]) -> float:
     """Ideal bits of what `_put_group` writes."""
     if not coding.is_coded or not symbols.size:
         return 0.0
@@ -462,7 +283,11 @@ def _finish(
     if requantizer is not None:
         plain = b"".join(
             values.astype(dtype).tobytes()
-            for values, dtype in ((requantizer.bias, "<i4"), (requantizer.scale, "<i2"), (requantizer.shift, "u1"))
+            for values, dtype in (
+                (requantizer.bias, "<i4"),
+                (requantizer.scale, "<i2"),
+                (requantizer.shift, "u1"),
+            )
         )
         packed = zlib.compress(plain, 9)
         out.varint(len(packed))
@@ -473,7 +298,7 @@ def _finish(
         inner.raw(group)
         inner.raw(signs)
         inner.checksum()
-        out.raw(inner.bytes())
+        out.raw(inner.content())
 
 
 def inflate(packed: memoryview, size: int, source: Reader, field: str) -> bytes:
@@ -496,7 +321,7 @@ def inflate(packed: memoryview, size: int, source: Reader, field: str) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class _Header:
-    codings: dict[str, _ReadCoding]
+    codings: dict[str, ReadCoding]
     zero_signs: bool
     group_sizes: list[tuple[int, int]]
     requantizer: Requantizer | None
@@ -504,7 +329,7 @@ class _Header:
 
 def _read_header(source: Reader, spec: LayerSpec) -> _Header:
     limits, shapes = _limits(spec), _grid_shapes(spec)
-    sizes = {kind: _read_sizes(source, f"{spec.name}.{kind}", *limits[kind]) for kind in _KINDS}
+    sizes = {kind: read_sizes(source, f"{spec.name}.{kind}", *limits[kind]) for kind in _KINDS}
     zero_signs = bool(source.varint(f"{spec.name}.zero_signs", 1))
     most = len(source.content) // 4
     words = source.varint(f"{spec.name}.header", most)
@@ -515,10 +340,12 @@ def _read_header(source: Reader, spec: LayerSpec) -> _Header:
     raw = source.raw(4 * words, f"{spec.name}.header")
     packed = None
     if spec.relu is not None:
-        packed = source.raw(source.varint(f"{spec.name}.requantizer", 4 * most + 4), f"{spec.name}.requantizer")
+        packed = source.raw(
+            source.varint(f"{spec.name}.requantizer", 4 * most + 4), f"{spec.name}.requantizer"
+        )
     source.checksum(f"{spec.name}.header")
     ans = AnsReader(np.frombuffer(raw, "<u4").astype(np.uint32), source.source)
-    codings = {kind: _read_coding(ans, sizes[kind], *shapes[kind]) for kind in _KINDS}
+    codings = {kind: read_coding(ans, sizes[kind], *shapes[kind]) for kind in _KINDS}
     ans.end()
     requantizer = None
     if packed is not None:
@@ -533,7 +360,9 @@ def _read_header(source: Reader, spec: LayerSpec) -> _Header:
     return _Header(codings, zero_signs, group_sizes, requantizer)
 
 
-def decode_layer(section: memoryview, spec: LayerSpec, origin: str, only: range | None = None) -> CompressedLayer:
+def decode_layer(
+    section: memoryview, spec: LayerSpec, origin: str, only: range | None = None
+) -> CompressedLayer:
     """The layer of a section; with ``only``, just those groups of block rows, all other blocks pruned.
 
     Raises
@@ -608,7 +437,7 @@ def _decode_group(
 
 
 def _take(
-    ans: AnsReader, read: _ReadCoding, rows: slice, mask: NDArray[np.bool_] | None, count: int
+    ans: AnsReader, read: ReadCoding, rows: slice, mask: NDArray[np.bool_] | None, count: int
 ) -> NDArray[np.integer]:
     """Values of one kind in one group."""
     values = read.coding.alphabet.values

@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.codec.fields import Reader, Writer
-from compress.codec.layer import LayerSpec, decode_layer, encode_layer, inflate, read_spec, spec_of, write_spec
+from compress.codec.layer import (
+    LayerSpec,
+    decode_layer,
+    encode_layer,
+    inflate,
+    read_spec,
+    spec_of,
+    write_spec,
+)
 from compress.layers import CompressedLayer
 from hwsim.errors import FormatError, Problem, nearest_name
 
@@ -22,6 +30,7 @@ __all__ = [
     "decode_network",
     "encode_network",
     "section_sizes",
+    "state_size",
 ]
 
 MAGIC, VERSION = b"HWSC", 1
@@ -32,8 +41,8 @@ could ask for any amount of memory.
 """
 
 PRESETS: dict[str, tuple[float, ...]] = {"small": (0.2, 0.35, 0.6), "fast": (0.35,)}
-"""Steps between the levels of rows and columns that the encoder tries (`compress.codec.entropy.choose_levels`). The format is the
-same: any decoder reads both.
+"""Steps between the levels of rows and columns that the encoder tries (`compress.codec.entropy.choose_levels`). The
+format is the same: any decoder reads both.
 """
 
 _DTYPES = ("<f4", "<i8", "<i4", "<i2", "|i1", "|u1", "|b1", "<f8", "<f2")
@@ -94,6 +103,11 @@ def section_sizes(
     return _encode(layers, weight_shapes, {}, preset, with_sizes=True)[1]
 
 
+def state_size(state: Mapping[str, NDArray]) -> int:
+    """Bytes that the values of other parameters take in `encode_network`."""
+    return sum(len(_encode_tensor(name, values)[1]) for name, values in state.items())
+
+
 def _encode(
     layers: Mapping[str, CompressedLayer],
     weight_shapes: Mapping[str, tuple[int, ...]],
@@ -134,8 +148,8 @@ def _encode(
     for content in tensors:
         last.raw(content)
     last.checksum()
-    out.raw(last.bytes())
-    return out.bytes(), sizes
+    out.raw(last.content())
+    return out.content(), sizes
 
 
 def decode_network(
@@ -199,7 +213,8 @@ def _decode(
     last.checksum("state")
     last.end("state")
     state = {
-        tensor.name: _decode_tensor(tensor, part, last) for tensor, part in zip(tensors, contents, strict=True)
+        tensor.name: _decode_tensor(tensor, part, last)
+        for tensor, part in zip(tensors, contents, strict=True)
     }
     return DecodedNetwork(layers, {spec.name: spec.weight_shape for spec, _ in specs}, state)
 
@@ -256,7 +271,7 @@ def _fixed_point(values: NDArray[np.float32]) -> bytes | None:
     out.varint(exponent + 140)
     out.varint(bits)
     out.raw(np.packbits(planes.astype(np.uint8).ravel(), bitorder="little").tobytes())
-    return out.bytes()
+    return out.content()
 
 
 def _read_tensor_head(source: Reader, most: int) -> _TensorHead:
