@@ -1,8 +1,8 @@
 """Coarser integers for a smaller file: each weight is rounded where the loss gains least per bit saved.
 
 One number decides, the multiplier λ: what a bit is worth in units of the loss (nats). Per layer the grid is chosen, per
-weight or shared magnitude the point on it, both by least ``½·h·(ŵ − w)² + λ·bits(ŵ)`` with h the diagonal of the Fisher matrix. What
-comes out is the integers that run and that the file holds; `compress.codec` adds nothing and loses nothing.
+weight or shared magnitude the point on it, both by least ``½·h·(ŵ − w)² + λ·bits(ŵ)`` with h the diagonal of the Fisher
+matrix. What comes out is the integers that run and that the file holds; `compress.codec` adds nothing and loses nothing.
 
 Sources: entropy-constrained quantisation: Chou, Lookabaugh, Gray, "Entropy-constrained vector quantization", IEEE
 Trans. ASSP 37 (1989); uniform grid and rounding by rate: Wiedemann et al., "DeepCABAC", arXiv 1907.11900 (2019).
@@ -10,7 +10,7 @@ Trans. ASSP 37 (1989); uniform grid and rounding by rate: Wiedemann et al., "Dee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,16 @@ from compress.quantize import dequantize, magnitude_range, weight_range
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, UNIFIED, QuantizedWeights
 
-__all__ = ["coarsen", "coarsen_network", "curvatures", "refit_biases", "set_weights"]
+__all__ = [
+    "Curvature",
+    "coarsen",
+    "coarsen_network",
+    "coarsen_within",
+    "curvatures",
+    "refit_biases",
+    "round_biases",
+    "set_weights",
+]
 
 Array = NDArray[np.float64]
 
@@ -43,8 +52,39 @@ SEARCH_VALUES = 1 << 12
 TURNS = 3
 """Turns in which bits and rounding settle."""
 
+MULTIPLIERS = tuple(1e-10 * 2.0 ** (i / 2) for i in range(61))
+"""λ that `coarsen_within` tries: nats per bit."""
+
+LOSS_BATCH = 512
+
 NO_SYMBOL_BITS = 16.0
 """Cost of a grid point that nothing was rounded to so far."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Curvature of the loss along each weight of a layer: ``rows · columns + floor``, in nats per squared weight.
+
+    Attributes
+    ----------
+    rows : float64 array ``[groups, m, 1]``
+    columns : float64 array ``[groups, 1, k]``
+    floor : float
+        What every weight has at least.
+    """
+
+    rows: Array
+    columns: Array
+    floor: float
+
+    def full(self) -> Array:
+        """``float64[groups, m, k]``, positive."""
+        return self.rows * self.columns + self.floor
+
+    @classmethod
+    def constant(cls, groups: int, m: int, k: int, value: float = 1.0) -> Curvature:
+        """The same for every weight: what is left without calibration inputs."""
+        return cls(np.zeros((groups, m, 1)), np.zeros((groups, 1, k)), value)
 
 
 def curvatures(
@@ -54,8 +94,8 @@ def curvatures(
     *,
     seed: int = 0,
     batch_size: int = 32,
-) -> dict[str, Array]:
-    """The diagonal of the Fisher matrix of every layer's weight: ``[groups, m, k]``, in nats per squared weight.
+) -> dict[str, Curvature]:
+    """The diagonal of the Fisher matrix of every layer's weight.
 
     It is estimated from gradients for labels that the network's own distribution draws, and smoothed to the outer product of
     its means over rows and columns: the gradient of a matrix product is an outer product too, and single entries are
@@ -95,12 +135,11 @@ def curvatures(
     }
 
 
-def _smoothed(diagonal: Tensor) -> Array:
+def _smoothed(diagonal: Tensor) -> Curvature:
     mean = diagonal.mean(dim=(1, 2), keepdim=True)
     rows, columns = diagonal.mean(dim=2, keepdim=True), diagonal.mean(dim=1, keepdim=True)
-    smooth = torch.where(mean > 0, rows * columns / mean, torch.zeros_like(mean))
-    floor = CURVATURE_FLOOR * float(diagonal.mean())
-    return (smooth + (floor or 1.0)).numpy()
+    columns = torch.where(mean > 0, columns / mean, torch.zeros_like(mean))
+    return Curvature(rows.numpy(), columns.numpy(), CURVATURE_FLOOR * float(diagonal.mean()) or 1.0)
 
 
 # --- one layer
@@ -231,11 +270,11 @@ def _magnitude_grids(values: _Values, multiplier: float, bits: int) -> list[_Gri
 
 def coarsen(
     layer: CompressedLayer,
-    curvature: Array,
+    curvature: Curvature,
     multiplier: float,
     *,
-    weight_bits: int = 8,
-    magnitude_bits: int = 8,
+    weight_bits: int | None = None,
+    magnitude_bits: int | None = None,
 ) -> CompressedLayer:
     """The layer on a coarser grid: types as they are, integers chosen by loss and rate.
 
@@ -243,12 +282,12 @@ def coarsen(
     ----------
     layer : CompressedLayer
         Its effective weights are what is approximated. A requantiser is dropped, since it was made for other integers.
-    curvature : float64 array ``[groups, m, k]``
-        As of `curvatures`; positive.
+    curvature : Curvature
+        As of `curvatures`.
     multiplier : float
         λ: loss in nats that a saved bit may cost; positive.
     weight_bits, magnitude_bits : int
-        Of the new integers.
+        Of the new integers; as before where left out.
 
     Returns
     -------
@@ -263,17 +302,17 @@ def coarsen(
     if not 0 < multiplier < np.inf:
         raise InputError("coarsen", Problem("multiplier", f"{multiplier}, must be positive and finite"))
     weights, block = layer.weights, layer.block
+    weight_bits = weight_bits or weights.weight_bits
+    magnitude_bits = magnitude_bits or weights.magnitude_bits
     _, m, k = weights.dense.shape
     types = torch.from_numpy(layer.types)
     is_dense = expand_blocks(types == DENSE, block, m, k).numpy()
     is_unified = layer.types == UNIFIED
-    step = float(np.float32(weights.step_size))
-    dense = _Values(
-        weights.dense[is_dense] * step, curvature[is_dense], np.zeros(int(np.count_nonzero(is_dense)))
-    )
+    step, h = float(np.float32(weights.step_size)), curvature.full()
+    dense = _Values(weights.dense[is_dense] * step, h[is_dense], np.zeros(int(np.count_nonzero(is_dense))))
     in_blocks = entries = np.zeros(0)
     if is_unified.any():
-        in_blocks = block_sums(torch.from_numpy(curvature), block).numpy()[is_unified]
+        in_blocks = block_sums(torch.from_numpy(h), block).numpy()[is_unified]
         entries = real_entries(m, k, block).double().expand(layer.types.shape).numpy()[is_unified]
     shared = _Values(weights.magnitudes[is_unified] * step, in_blocks, entries)
     grids = _grids(dense, shared, multiplier, weight_bits, magnitude_bits)
@@ -356,11 +395,11 @@ def set_weights(model: nn.Module, layers: Mapping[str, CompressedLayer]) -> None
 def coarsen_network(
     model: nn.Module,
     layers: Mapping[str, CompressedLayer],
-    curvature: Mapping[str, Array],
+    curvature: Mapping[str, Curvature],
     multiplier: float,
     *,
-    weight_bits: int = 8,
-    magnitude_bits: int = 8,
+    weight_bits: int | None = None,
+    magnitude_bits: int | None = None,
 ) -> dict[str, CompressedLayer]:
     """`coarsen` for every layer; the weights of the model follow."""
     coarse = {
@@ -373,50 +412,124 @@ def coarsen_network(
     return coarse
 
 
-def refit_biases(
+def coarsen_within(
     model: nn.Module,
-    names: Mapping[str, CompressedLayer],
-    batches: Callable[[], list[tuple[Tensor, Tensor]]],
+    layers: Mapping[str, CompressedLayer],
+    inputs: Tensor,
+    labels: Tensor,
+    max_loss: float,
     *,
-    epochs: int = 2,
-    lr: float = 2e-3,
-    fraction_bits: int = 12,
-) -> None:
-    """Train the biases of the layers, nothing else, then round them to multiples of ``2**-fraction_bits``.
-
-    Rounding zeroes more weights than it enlarges, which shifts the mean of what a layer gives; its bias takes that back.
+    seed: int = 0,
+) -> tuple[dict[str, CompressedLayer], float]:
+    """The coarsest integers whose loss on calibration inputs is at most ``max_loss`` above that of the finest.
 
     Parameters
     ----------
     model : nn.Module
+        In evaluation mode; its weights are those of ``layers``, and follow. Biases of the layers are rounded too.
+    layers : mapping of str to CompressedLayer
+    inputs, labels : Tensor
+        Of calibration.
+    max_loss : float
+        Nats of mean cross-entropy.
+    seed : int
+        See `curvatures`.
+
+    Returns
+    -------
+    layers : dict of str to CompressedLayer
+        Those that came in, where even the finest of the coarser ones lose too much.
+    multiplier : float
+        λ that was reached; 0 where nothing was coarsened.
+
+    Raises
+    ------
+    InputError
+        A budget that is not positive.
+    """
+    if not 0 < max_loss < np.inf:
+        raise InputError("coarsen", Problem("max_loss", f"{max_loss}, must be positive and finite"))
+    curvature = curvatures(model, layers, inputs, seed=seed)
+    round_biases(model, layers)
+    allowed = _loss(model, inputs, labels) + max_loss
+    low, high = -1, len(MULTIPLIERS)  # the finest is as good as given, beyond the coarsest nothing is
+    best = dict(layers)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = {name: coarsen(layer, curvature[name], MULTIPLIERS[middle]) for name, layer in layers.items()}
+        set_weights(model, tried)
+        if _loss(model, inputs, labels) <= allowed:
+            low, best = middle, tried
+        else:
+            high = middle
+    set_weights(model, best)
+    return best, MULTIPLIERS[low] if low >= 0 else 0.0
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    parts = zip(inputs.split(LOSS_BATCH), labels.split(LOSS_BATCH), strict=True)
+    sums = [
+        float(nn.functional.cross_entropy(model(batch), truth, reduction="sum")) for batch, truth in parts
+    ]
+    return sum(sums) / len(inputs)
+
+
+def round_biases(model: nn.Module, names: Mapping[str, CompressedLayer], fraction_bits: int = 12) -> None:
+    """Round the biases of the layers to multiples of ``2**-fraction_bits``, which the file holds in half the bytes."""
+    scale = float(1 << fraction_bits)
+    with torch.no_grad():
+        for bias in _biases(model, names):
+            bias.copy_(torch.round(bias * scale) / scale)
+
+
+def _biases(model: nn.Module, names: Mapping[str, CompressedLayer]) -> list[nn.Parameter]:
+    found = (model.get_submodule(name)._parameters.get("bias") for name in names)
+    return [bias for bias in found if bias is not None]
+
+
+def refit_biases(
+    model: nn.Module,
+    names: Mapping[str, CompressedLayer],
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int = 2,
+    lr: float = 2e-3,
+    batch_size: int = 64,
+) -> None:
+    """Train the biases of the layers, nothing else, and round them.
+
+    Pruning and rounding to 0 shift the mean of what a layer gives; its bias can take that back. For networks that nobody
+    retrains; after retraining it gains nothing.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode.
     names : mapping
         Layers by module name; those without a bias are passed over.
-    batches : callable
-        Gives the (inputs, labels) of one epoch.
+    inputs, labels : Tensor
+        Of calibration; taken in order, so shuffled if they are sorted.
     epochs : int
-        0 only rounds.
     lr : float
         Of Adam; falls to 0 over the run.
-    fraction_bits : int
+    batch_size : int
     """
-    biases = [
-        bias for name in names if (bias := model.get_submodule(name)._parameters.get("bias")) is not None
-    ]
+    biases = _biases(model, names)
     if not biases:
         return
     optimizer = torch.optim.Adam(biases, lr=lr)
-    for epoch in range(epochs):
-        parts = batches()
-        for done, (inputs, labels) in enumerate(parts):
+    batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
+    with torch.enable_grad():
+        for turn in range(epochs * len(batches)):
+            batch, truth = batches[turn % len(batches)]
             for group in optimizer.param_groups:
-                group["lr"] = lr * (1 - (epoch + done / len(parts)) / epochs)
-            loss = nn.functional.cross_entropy(model(inputs), labels)
-            gradients = torch.autograd.grad(loss, biases)
+                group["lr"] = lr * (1 - turn / (epochs * len(batches)))
+            gradients = torch.autograd.grad(nn.functional.cross_entropy(model(batch), truth), biases)
             for bias, gradient in zip(biases, gradients, strict=True):
                 bias.grad = gradient
             optimizer.step()
-    scale = float(1 << fraction_bits)
-    with torch.no_grad():
-        for bias in biases:
-            bias.grad = None
-            bias.copy_(torch.round(bias * scale) / scale)
+    for bias in biases:
+        bias.grad = None
+    round_biases(model, names)
