@@ -21,6 +21,7 @@ from compress.rate_distortion import Curvature
 from hwsim.errors import InputError
 
 __all__ = [
+    "EXACT_BITS",
     "Problem",
     "block_compressed",
     "densities",
@@ -67,7 +68,7 @@ class Problem:
 
 
 def densities(shapes: Mapping[str, tuple[int, ...]], kept: float) -> dict[str, float]:
-    """Share of kept weights per layer, Erdős–Rényi with kernels: proportional to the sum of a weight's sizes over their product.
+    """Share of kept weights per layer, Erdős–Rényi with kernels: the sum of a weight's sizes over their product, scaled.
 
     Source: Evci et al., "Rigging the Lottery", ICML 2020, arXiv 1911.11134.
 
@@ -119,7 +120,8 @@ def save_problem(path: Path, problem: Problem) -> None:
         }
         parts |= {f"layer/{name}/{field}": values for field, values in fields.items()}
     parts |= {f"state/{name}": values for name, values in problem.state.items()}
-    np.savez(path, allow_pickle=False, **parts)
+    with path.open("wb") as file:
+        np.savez(file, **parts)
 
 
 def load_problem(path: str | Path) -> Problem:

@@ -1,8 +1,10 @@
 """Runs NNCodec in a Python of its own, since it needs numpy < 2. A script: ``PYTHON peer_nncodec.py JOB.json``.
 
-Needs only numpy, torch and ``pip install --no-deps nncodec``. What else NNCodec imports (torchvision, pandas, OpenCV …) serves its
-training tools, not its coder, so missing packages are replaced by stand-ins here.
+Needs only numpy, torch and ``pip install --no-deps nncodec``. What else NNCodec imports (torchvision, pandas, OpenCV …)
+serves its training tools, not its coder, so those packages are replaced by stand-ins here.
 """
+
+from __future__ import annotations
 
 import contextlib
 import importlib.abc
@@ -14,6 +16,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 STAND_INS = (
@@ -32,28 +35,28 @@ STAND_INS = (
 
 
 class _StandIn(types.ModuleType):
-    __path__: list = []
+    __path__: ClassVar[list[str]] = []
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return MagicMock(name=name)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name.split(".")[0] in STAND_INS:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
-    def create_module(self, spec):
+    def create_module(self, spec: Any) -> _StandIn:
         return _StandIn(spec.name)
 
-    def exec_module(self, module):
-        pass
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
 
 
-def memory_kib(field):
+def memory_kib(field: str) -> int:
     """A field of /proc/self/status, in KiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -61,7 +64,7 @@ def memory_kib(field):
     raise OSError(field)
 
 
-def run(job):
+def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Encode and decode at every qp of a job; gives one result each."""
     sys.meta_path.insert(0, _Finder())
     import nncodec.nn
