@@ -340,7 +340,7 @@ def _run_nncodec(
     python: Path, problem: Problem, qp: tuple[int, ...], repeats: int, folder: Path, *, keep: bool
 ) -> list[dict[str, Any]]:
     with (folder / "weights.npz").open("wb") as file:
-        np.savez(file, **problem.weights())
+        np.savez(file, allow_pickle=False, **problem.weights())
     job = {
         "weights": str(folder / "weights.npz"),
         "qp": list(qp),

@@ -107,7 +107,7 @@ def save_problem(path: Path, problem: Problem) -> None:
     parts: dict[str, NDArray] = {}
     for name, layer in problem.layers.items():
         weights, curvature = layer.weights, problem.curvature[name]
-        fields = {
+        fields: dict[str, NDArray] = {
             "types": layer.types,
             "dense": weights.dense,
             "signs": weights.signs,
@@ -121,7 +121,7 @@ def save_problem(path: Path, problem: Problem) -> None:
         parts |= {f"layer/{name}/{field}": values for field, values in fields.items()}
     parts |= {f"state/{name}": values for name, values in problem.state.items()}
     with path.open("wb") as file:
-        np.savez(file, **parts)
+        np.savez(file, allow_pickle=False, **parts)
 
 
 def load_problem(path: str | Path) -> Problem:

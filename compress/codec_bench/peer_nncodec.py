@@ -16,7 +16,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from unittest.mock import MagicMock
 
 STAND_INS = (
@@ -35,7 +35,9 @@ STAND_INS = (
 
 
 class _StandIn(types.ModuleType):
-    __path__: ClassVar[list[str]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
