@@ -46,7 +46,7 @@ __all__ = [
     "parse_space",
 ]
 
-METHOD_VERSION = "1"
+METHOD_VERSION = "2"
 """Raised whenever training or compression changes what it makes of the same inputs; part of every key."""
 
 Hold = Literal["lanes", "area"]
