@@ -372,6 +372,10 @@ def decode_layer(
     """
     source = Reader(section, origin)
     header = _read_header(source, spec)
+    announced = sum(4 * words + signs + 4 for words, signs in header.group_sizes)
+    if announced != len(section) - source.at:  # before memory is asked for
+        message = f"{announced} bytes announced, {len(section) - source.at} are there: truncated or damaged"
+        raise source.refuse(f"{spec.name}.groups", message)
     shapes = _grid_shapes(spec)
     streams = _Streams(
         np.zeros(shapes["type"], np.uint8),
@@ -388,7 +392,6 @@ def decode_layer(
         inner.checksum(field)
         ans = AnsReader(np.frombuffer(content[: 4 * words], "<u4").astype(np.uint32), f"{origin}: {field}")
         _decode_group(ans, np.frombuffer(content[4 * words :], np.uint8), spec, header, where, streams)
-    source.end(spec.name)
     (m, k), grid = spec.matrix, (spec.groups, *spec.block_grid)
     weights = QuantizedWeights(
         dense=streams.dense.reshape(spec.groups, m, k),

@@ -21,7 +21,7 @@ from compress.codec.layer import (
     write_spec,
 )
 from compress.layers import CompressedLayer
-from hwsim.errors import FormatError, Problem, nearest_name
+from hwsim.errors import FormatError, InputError, Problem, nearest_name
 
 __all__ = [
     "DEFAULT_MAX_WEIGHTS",
@@ -117,7 +117,7 @@ def _encode(
     with_sizes: bool = False,
 ) -> tuple[bytes, dict[str, dict[str, int]]]:
     if preset not in PRESETS:
-        raise FormatError("codec", Problem("preset", f'"{preset}"', nearest_name(preset, PRESETS)))
+        raise InputError("codec", Problem("preset", f'"{preset}"', nearest_name(preset, PRESETS)))
     out = Writer()
     out.raw(MAGIC)
     out.varint(VERSION)
@@ -238,7 +238,7 @@ class _TensorHead:
 def _dtype_of(name: str, values: NDArray) -> str:
     text = values.dtype.newbyteorder("<").str
     if text not in _DTYPES:
-        raise FormatError("codec", Problem(name, f"{values.dtype} has no place in the format"))
+        raise InputError("codec", Problem(name, f"{values.dtype} has no place in the format"))
     return text
 
 
