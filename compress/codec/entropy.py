@@ -48,17 +48,22 @@ _WEIGHTS = np.array(
 _STEP_WEIGHTS = np.array([max(1, 4096 >> (i // 2)) for i in range(2 * MAX_WEIGHT_CODE + 1)], np.float64)
 """Frequencies of the zigzag difference between the codes of neighbouring symbols."""
 
+MAX_SHARED_SYMBOLS = 1 << 10
+"""Largest alphabet whose models are kept for the next group."""
+
 _stream = constriction.stream
 
 
 @lru_cache(maxsize=256)
-def _model(weights: bytes) -> Any:
+def _shared_model(weights: bytes) -> Any:
     return _stream.model.Categorical(np.frombuffer(weights, np.float64), perfect=False)
 
 
-def model_of(weights: NDArray[np.float64]) -> Any:
-    """constriction's model of a frequency table; equal tables share one."""
-    return _model(weights.tobytes())
+def _model_of(weights: NDArray[np.float64]) -> Any:
+    """constriction's model of a frequency table; equal small tables share one, large ones are not worth keeping."""
+    if weights.size > MAX_SHARED_SYMBOLS:
+        return _stream.model.Categorical(weights, perfect=False)
+    return _shared_model(weights.tobytes())
 
 
 class AnsWriter:
@@ -70,7 +75,7 @@ class AnsWriter:
     def put(self, symbols: NDArray[np.integer], weights: NDArray[np.float64]) -> None:
         """Symbols ``[n]``, indices into ``weights``."""
         if symbols.size:
-            self._calls.append((np.ascontiguousarray(symbols, np.int32), model_of(weights)))
+            self._calls.append((np.ascontiguousarray(symbols, np.int32), _model_of(weights)))
 
     def words(self) -> NDArray[np.uint32]:
         """The compressed words. ANS is a stack: the last call is pushed first."""
@@ -100,7 +105,7 @@ class AnsReader:
         """So many symbols."""
         if not count:
             return np.zeros(0, np.int32)
-        return self._coder.decode(model_of(weights), count)
+        return self._coder.decode(_model_of(weights), count)
 
     def end(self) -> None:
         """All words must be used up: the last guard against a table that is not the encoder's."""
