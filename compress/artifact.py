@@ -136,9 +136,8 @@ class Artifact:
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """``integer × step_size`` in float32: the weight of one module, bit for bit."""
-        return self.integer_weight(name).astype(np.float32) * np.float32(
-            self.compressed[name].weights.step_size
-        )
+        layer = self.compressed[name]
+        return matrix_to_weight(layer.float_matrix(), self.weight_shapes[name], layer.column_order)
 
     def size_report(self, preset: str = "small") -> pd.DataFrame:
         """Bytes on disk by layer and stream; the rows add up to the file of `save_artifact`.

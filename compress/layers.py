@@ -35,6 +35,21 @@ class CompressedLayer:
     types: NDArray[np.uint8]
     weights: QuantizedWeights
 
+    def float_matrix(self) -> NDArray[np.float32]:
+        """``float32[groups, m, k]``: integer × float32(``step_size``)."""
+        weights, (g_o, g_k) = self.weights, self.block
+        _, m, k = weights.dense.shape
+        values = weights.dense.astype(np.float32)
+        if weights.magnitudes.any():
+            rows = weights.magnitudes.astype(np.float32).repeat(g_k, axis=2)[:, :, :k]
+            magnitudes = rows.repeat(g_o, axis=1)[:, :m]
+            # The sign bit of a float is its highest; adding to 0 or to a dense 0 makes a −0 a +0.
+            bits = magnitudes.view(np.uint32)
+            bits ^= weights.signs.astype(np.uint32) << np.uint32(31)
+            values += magnitudes
+        values *= np.float32(weights.step_size)
+        return values
+
     def on_hardware(self, shape: LayerShape) -> Layer:
         """The layer as the simulator takes it, with the geometry that a forward pass showed."""
         return Layer(shape, self.block, self.types, self.weights, self.column_order)

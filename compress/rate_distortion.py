@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress.blocks import block_sums, expand_blocks, real_entries, weight_to_matrix
+from compress.blocks import expand_blocks, weight_to_matrix
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize, magnitude_range, weight_range
 from hwsim.errors import InputError, Problem
@@ -80,6 +80,21 @@ class Curvature:
     def full(self) -> Array:
         """``float64[groups, m, k]``, positive."""
         return self.rows * self.columns + self.floor
+
+    def at(self, mask: NDArray[np.bool_]) -> Array:
+        """`full` where a mask ``[groups, m, k]`` is set, without the rest."""
+        group, row, column = np.nonzero(mask)
+        return self.rows[group, row, 0] * self.columns[group, 0, column] + self.floor
+
+    def of_blocks(self, block: tuple[int, int]) -> tuple[Array, Array]:
+        """Sums of `full` over the real entries of every block, and their numbers: ``[groups, Mb, Kb]`` each."""
+        sizes = (self.rows.shape[1], self.columns.shape[2])
+        tops, lefts = (np.arange(0, size, step) for size, step in zip(sizes, block, strict=True))
+        rows, columns = np.add.reduceat(self.rows, tops, axis=1), np.add.reduceat(self.columns, lefts, axis=2)
+        heights = np.diff(np.append(tops, sizes[0])).astype(np.float64)
+        widths = np.diff(np.append(lefts, sizes[1])).astype(np.float64)
+        entries = np.broadcast_to(np.outer(heights, widths), (len(rows), len(tops), len(lefts)))
+        return rows * columns + self.floor * entries, entries
 
     @classmethod
     def constant(cls, groups: int, m: int, k: int, value: float = 1.0) -> Curvature:
@@ -308,12 +323,13 @@ def coarsen(
     types = torch.from_numpy(layer.types)
     is_dense = expand_blocks(types == DENSE, block, m, k).numpy()
     is_unified = layer.types == UNIFIED
-    step, h = float(np.float32(weights.step_size)), curvature.full()
-    dense = _Values(weights.dense[is_dense] * step, h[is_dense], np.zeros(int(np.count_nonzero(is_dense))))
+    step = float(np.float32(weights.step_size))
+    dense = _Values(
+        weights.dense[is_dense] * step, curvature.at(is_dense), np.zeros(int(np.count_nonzero(is_dense)))
+    )
     in_blocks = entries = np.zeros(0)
     if is_unified.any():
-        in_blocks = block_sums(torch.from_numpy(h), block).numpy()[is_unified]
-        entries = real_entries(m, k, block).double().expand(layer.types.shape).numpy()[is_unified]
+        in_blocks, entries = (part[is_unified] for part in curvature.of_blocks(block))
     shared = _Values(weights.magnitudes[is_unified] * step, in_blocks, entries)
     grids = _grids(dense, shared, multiplier, weight_bits, magnitude_bits)
     integers = np.zeros(weights.dense.shape, np.int16)

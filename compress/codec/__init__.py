@@ -10,6 +10,7 @@ from compress.codec.network import (
     PRESETS,
     decode_network,
     encode_network,
+    open_network,
     section_sizes,
     state_size,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "LayerSpec",
     "decode_network",
     "encode_network",
+    "open_network",
     "section_sizes",
     "state_size",
 ]

@@ -29,6 +29,7 @@ __all__ = [
     "DecodedNetwork",
     "decode_network",
     "encode_network",
+    "open_network",
     "section_sizes",
     "state_size",
 ]
@@ -175,15 +176,52 @@ def decode_network(
     FormatError
         Truncated, damaged, of another version, or nothing that an encoder writes.
     """
-    try:
-        return _decode(content, source, max_weights, only)
-    except (OverflowError, MemoryError) as error:  # no size of a valid file gets here
-        raise FormatError(source, f"{type(error).__name__}: damaged") from None
+    contents = open_network(content, source, max_weights)
+    names = contents.weight_shapes if only is None else only
+    layers = {name: contents.layer(name, None if only is None else only[name]) for name in names}
+    return DecodedNetwork(layers, contents.weight_shapes, contents.state)
 
 
-def _decode(
-    content: bytes | memoryview, source: str, max_weights: int, only: Mapping[str, range] | None
-) -> DecodedNetwork:
+@dataclass(frozen=True, eq=False)
+class NetworkContents:
+    """A checked header, and the layers of a byte string one at a time: never more than one of them in memory.
+
+    Attributes
+    ----------
+    weight_shapes : dict of str to tuple of int
+    state : dict of str to array
+    """
+
+    weight_shapes: dict[str, tuple[int, ...]]
+    state: dict[str, NDArray]
+    _sections: dict[str, tuple[LayerSpec, memoryview]]
+    _source: str
+
+    def layer(self, name: str, only: range | None = None) -> CompressedLayer:
+        """One layer, or just some of its groups of block rows.
+
+        Raises
+        ------
+        FormatError
+            As `decode_network`.
+        """
+        spec, section = self._sections[name]
+        try:
+            return decode_layer(section, spec, self._source, only)
+        except (OverflowError, MemoryError) as error:  # no size of a valid file gets here
+            raise FormatError(self._source, f"{type(error).__name__}: damaged") from None
+
+
+def open_network(
+    content: bytes | memoryview, source: str = "codec", max_weights: int = DEFAULT_MAX_WEIGHTS
+) -> NetworkContents:
+    """Header and other parameters of a byte string of `encode_network`; its layers are decoded when they are asked for.
+
+    Raises
+    ------
+    FormatError
+        As `decode_network`.
+    """
     head = Reader(content, source)
     if bytes(head.raw(len(MAGIC), "magic")) != MAGIC:
         raise head.refuse("magic", "is not the entropy-coded form of a network")
@@ -203,11 +241,7 @@ def _decode(
     if any(len(set(part)) != len(part) for part in names):
         raise head.refuse("name", "a name that appears twice")
     head.checksum("header")
-    layers = {}
-    for spec, size in specs:
-        section = head.raw(size, spec.name)
-        if only is None or spec.name in only:
-            layers[spec.name] = decode_layer(section, spec, source, None if only is None else only[spec.name])
+    sections = {spec.name: (spec, head.raw(size, spec.name)) for spec, size in specs}
     last = Reader(head.content[head.at :], source)
     contents = [last.raw(tensor.size, tensor.name) for tensor in tensors]
     last.checksum("state")
@@ -216,7 +250,7 @@ def _decode(
         tensor.name: _decode_tensor(tensor, part, last)
         for tensor, part in zip(tensors, contents, strict=True)
     }
-    return DecodedNetwork(layers, {spec.name: spec.weight_shape for spec, _ in specs}, state)
+    return NetworkContents({spec.name: spec.weight_shape for spec, _ in specs}, state, sections, source)
 
 
 # --- other parameters

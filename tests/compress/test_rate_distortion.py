@@ -195,3 +195,17 @@ def test_layers_keep_their_bits_unless_told(monkeypatch: pytest.MonkeyPatch) -> 
     layer = make_layer("fc", 1, 16, 16, (4, 4), (0.3, 0.3, 0.4), 0, weight_bits=5, magnitude_bits=6)
     coarse = coarsen(replace(layer, name="fc"), Curvature.constant(1, 16, 16), 1e-6)
     assert (coarse.weights.weight_bits, coarse.weights.magnitude_bits) == (5, 6)
+
+
+@given(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4))
+def test_parts_of_a_curvature_are_those_of_the_whole(groups: int, m: int, k: int, g_o: int, g_k: int) -> None:
+    random = np.random.default_rng(0)
+    curvature = Curvature(random.random((groups, m, 1)), random.random((groups, 1, k)), 0.25)
+    full, mask = curvature.full(), random.random((groups, m, k)) < 0.5
+    assert np.allclose(curvature.at(mask), full[mask])
+    sums, entries = curvature.of_blocks((g_o, g_k))
+    for index in np.ndindex(sums.shape):
+        group, row, column = index
+        part = full[group, row * g_o : (row + 1) * g_o, column * g_k : (column + 1) * g_k]
+        assert sums[index] == pytest.approx(part.sum())
+        assert entries[index] == part.size
