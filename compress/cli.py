@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = ["compress", "load_images", "pack", "train"]
 
-DEFAULT_MAX_LOSS = 0.01
-"""Nats of calibration loss that a preset may cost: about a tenth of a point of accuracy or less on small networks."""
+DEFAULT_MAX_LOSS = 0.005
+"""Nats of calibration loss that a preset may cost. LeNet-5, Fashion-MNIST, 4×4 blocks, three quarters pruned, the rest unified:
+the file shrinks from 32,376 to 23,803 bytes, the accuracy of the integers from 88.47 to 88.30 %.
+"""
 
 
 def _data_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -149,7 +151,7 @@ def train(
 @click.option(
     "--max-loss",
     type=float,
-    help="With --preset: calibration loss in nats that coarser integers may cost.  [default: 0.01]",
+    help="With --preset: calibration loss in nats that coarser integers may cost.  [default: 0.005]",
 )
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(

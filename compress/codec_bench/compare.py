@@ -64,7 +64,7 @@ LOST_POINTS = 0.1
 """NNCodec's file is its smallest whose validation accuracy is at most so many points below the weights as given."""
 
 MARGIN_POINTS = 1.0
-"""Ours must be so many points above NNCodec's on the validation images, since both were selected there."""
+"""With refitted biases ours must be so many points above NNCodec's on the validation images, since both were selected there."""
 
 MULTIPLIERS = tuple(1e-9 * 2.0**i for i in range(11))
 VALIDATION_IMAGES, CALIBRATION_IMAGES = 5000, 2048
@@ -194,16 +194,16 @@ def _accuracy_row(
             "quality": "accuracy",
             "given": _percent(model, images.test),
         }
-        least = _percent(model, images.validation) - LOST_POINTS
+        least = alone = _percent(model, images.validation) - LOST_POINTS
         if nncodec is not None:
             peer = _best_of_nncodec(nncodec, problem, model, images, least, Path(folder))
             row["nncodec"] = peer
             least = peer["chosen"]["validation"] + MARGIN_POINTS
-        for refit in (False, True):
-            found = _our_best(problem, model, images, least, refit=refit)
+        for key, refit, bound in (("ours", False, alone), ("ours_refitted", True, least)):
+            found = _our_best(problem, model, images, bound, refit=refit)
             if found is not None:
                 measured = _measure_ours(found.pop("problem"), found["multiplier"], 8, REPEATS, Path(folder))
-                row["ours_refitted" if refit else "ours"] = found | measured
+                row[key] = found | measured
     return row
 
 
