@@ -66,7 +66,7 @@ LOST_POINTS = 0.1
 MARGIN_POINTS = 1.0
 """With refitted biases ours must be so many points above NNCodec's on the validation images, since both were selected there."""
 
-MULTIPLIERS = tuple(1e-9 * 2.0**i for i in range(11))
+MULTIPLIERS = tuple(2.5e-10 * 2.0**i for i in range(13))
 VALIDATION_IMAGES, CALIBRATION_IMAGES = 5000, 2048
 REPEATS = 3
 
@@ -199,11 +199,14 @@ def _accuracy_row(
             peer = _best_of_nncodec(nncodec, problem, model, images, least, Path(folder))
             row["nncodec"] = peer
             least = peer["chosen"]["validation"] + MARGIN_POINTS
-        for key, refit, bound in (("ours", False, alone), ("ours_refitted", True, least)):
-            found = _our_best(problem, model, images, bound, refit=refit)
-            if found is not None:
-                measured = _measure_ours(found.pop("problem"), found["multiplier"], 8, REPEATS, Path(folder))
-                row[key] = found | measured
+        found = {
+            "ours": _our_best(problem, model, images, alone),
+            "ours_refitted": _our_best_refitted(problem, model, images, least),
+        }
+        for key, point in found.items():
+            if point is not None:
+                measured = _measure_ours(point.pop("problem"), point["multiplier"], 8, REPEATS, Path(folder))
+                row[key] = point | measured
     return row
 
 
@@ -231,21 +234,33 @@ def _best_of_nncodec(
     return {"chosen": chosen, "points": points}
 
 
-def _our_best(
-    problem: Problem, model: nn.Module, images: _Images, least: float, *, refit: bool
+def _our_best(problem: Problem, model: nn.Module, images: _Images, least: float) -> dict[str, Any]:
+    """Ours at every multiplier, and the coarsest that is good enough on the validation images: NNCodec's own rule."""
+    points = []
+    for multiplier in MULTIPLIERS:
+        tried, _ = _coarse(problem, model, multiplier)
+        points.append({"multiplier": multiplier, "validation": _percent(tried, images.validation)})
+    enough = [point for point in points if point["validation"] >= least] or [
+        max(points, key=lambda point: point["validation"])
+    ]
+    chosen = max(enough, key=lambda point: point["multiplier"])
+    tried, _ = _coarse(problem, model, chosen["multiplier"])
+    return chosen | {
+        "accuracy": _percent(tried, images.test),
+        "problem": replace(problem, state=_biases(tried)),
+        "points": points,
+    }
+
+
+def _our_best_refitted(
+    problem: Problem, model: nn.Module, images: _Images, least: float
 ) -> dict[str, Any] | None:
-    """The coarsest integers that are good enough on the validation images, by bisection; None where none are."""
+    """The coarsest that is good enough with refitted biases, by bisection; None where none is."""
     best, low, high = None, -1, len(MULTIPLIERS)
     while high - low > 1:
         middle = (low + high) // 2
-        tried = copy.deepcopy(model)
-        layers = coarsen_network(
-            tried, problem.layers, problem.curvature, MULTIPLIERS[middle], weight_bits=8, magnitude_bits=8
-        )
-        if refit:
-            refit_biases(tried, layers, *images.calibration)
-        else:
-            round_biases(tried, layers)
+        tried, layers = _coarse(problem, model, MULTIPLIERS[middle])
+        refit_biases(tried, layers, *images.calibration)
         validation = _percent(tried, images.validation)
         if validation < least:
             high = middle
@@ -258,6 +273,18 @@ def _our_best(
             "problem": replace(problem, state=_biases(tried)),
         }
     return best
+
+
+def _coarse(
+    problem: Problem, model: nn.Module, multiplier: float
+) -> tuple[nn.Module, dict[str, CompressedLayer]]:
+    """A copy of the network with coarser weights of 8 bits and rounded biases."""
+    tried = copy.deepcopy(model)
+    layers = coarsen_network(
+        tried, problem.layers, problem.curvature, multiplier, weight_bits=8, magnitude_bits=8
+    )
+    round_biases(tried, layers)
+    return tried, layers
 
 
 # --- rows with an error
