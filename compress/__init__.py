@@ -28,6 +28,7 @@ _EXPORTS = {
     "allocate": "compress.allocate",
     "check_invariants": "compress.retrain",
     "build": "compress.zoo",
+    "coarsen_within": "compress.rate_distortion",
     "compress": "compress.fit",
     "compress_checkpoint": "compress.rebuild",
     "dequantize": "compress.quantize",

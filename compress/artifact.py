@@ -1,34 +1,28 @@
-"""The compressed model as one file, and the container that every model file of the project uses. NumPy only.
+"""The compressed model as one file. NumPy only: reading it needs no torch.
 
-The container is a safetensors file whose only metadata entry is a JSON header. The header carries a SHA-256
-over the whole file (the digest itself read as zeros), so that a single changed byte anywhere is noticed.
 ``docs/formats.md`` has the layout.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
-import platform
-import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from compress.layers import CompressedLayer
+from compress.codec import DEFAULT_MAX_WEIGHTS, decode_network, encode_network, section_sizes, state_size
+from compress.container import container_bytes, package_versions, read_container, write_container
+from compress.layers import Activations, CompressedLayer
+from compress.packed import STREAM_PARTS, PackedLayer, read_packed_layer
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
-from hwsim.files import write_atomically
-from hwsim.layer import DENSE, STREAMS, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, check_types
+from hwsim.layer import STREAMS, Layer, LayerShape
 from hwsim.machine import validation_problems
 
 if TYPE_CHECKING:
@@ -39,235 +33,21 @@ __all__ = [
     "Activations",
     "Artifact",
     "DatasetNote",
-    "check_writable",
     "integer_weight",
     "load_artifact",
     "matrix_to_weight",
-    "pack_bits",
-    "package_versions",
-    "read_container",
     "save_artifact",
-    "unpack_bits",
-    "write_container",
 ]
 
-ARTIFACT_FORMAT, ARTIFACT_VERSION = "hwsim-compressed", 1
+ARTIFACT_FORMAT, ARTIFACT_VERSION = "hwsim-compressed", 2
 
 MAX_SHIFT = 48
 """Largest shift of a requantiser. ``(acc + bias) · scale`` has at most 33 + 16 = 49 bits, so a longer shift
 gives 0 always.
 """
 
-METADATA_KEY = "hwsim"
-WRONG_FORMAT_HINTS = {
-    "hwsim-dense": "a dense network; `hwsim compress` makes a compressed model of it",
-    "hwsim-compressed": "a compressed model already; this wants the dense network that `hwsim train` wrote",
-}
-# The header is a JSON string inside the JSON of safetensors, so its quotes are escaped.
-DIGEST_PATTERN = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
-NO_DIGEST = "0" * 64
-CHUNK_VALUES = 1 << 20
-
-
-# --- the container
-
-
-def check_writable(path: str | Path) -> None:
-    """Refuse a path that cannot be written, before the work whose result goes there.
-
-    Raises
-    ------
-    InputError
-        The path is a folder, or its folder cannot be made or written.
-    """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(str(path), f"cannot be written: {error.strerror or error}") from error
-    if path.is_dir():
-        raise InputError(str(path), "cannot be written: is a folder")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(str(path), "cannot be written: no permission to write the folder")
-
-
-def container_bytes(header: Mapping[str, Any], tensors: Mapping[str, NDArray]) -> bytes:
-    """The content of a container file; the same header and tensors always give the same bytes."""
-    text = json.dumps({"sha256": NO_DIGEST, **header}, allow_nan=False, separators=(",", ":"))
-    arrays = {name: np.asarray(values, order="C") for name, values in tensors.items()}
-    content = safetensors.numpy.save(arrays, metadata={METADATA_KEY: text})
-    digest, (start, stop) = _digest(content)
-    return b"".join((content[:start], digest.encode(), content[stop:]))
-
-
-def write_container(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, NDArray]) -> int:
-    """Write a container file atomically; gives its size in bytes.
-
-    Parameters
-    ----------
-    path : str or Path
-    header : mapping
-        JSON values, with ``format`` (str) and ``version`` (int).
-    tensors : mapping of str to array
-
-    Raises
-    ------
-    InputError
-        The file cannot be written.
-    """
-    content = container_bytes(header, tensors)
-    write_atomically(path, content)
-    return len(content)
-
-
-def read_container(
-    path: str | Path, format_name: str, version: int
-) -> tuple[dict[str, Any], dict[str, NDArray]]:
-    """Header (without its digest) and tensors of a container file, checked byte for byte.
-
-    Raises
-    ------
-    FormatError
-        Truncated, damaged, edited, not of this format, or of a version that this program does not read.
-    InputError
-        The file cannot be read at all.
-    """
-    source = str(path)
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(source, f"cannot be read: {error.strerror or error}") from None
-    header = _read_header(content, source)
-    found = header.pop("format", None)
-    if found != format_name:
-        hint = WRONG_FORMAT_HINTS.get(str(found), "")
-        raise FormatError(source, Problem("format", f'"{found}", must be "{format_name}"', hint))
-    found = header.pop("version", None)
-    if found != version:
-        raise FormatError(source, Problem("version", f"{found}; this program reads version {version}"))
-    try:
-        return header, dict(sorted(safetensors.numpy.load(content).items()))
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise FormatError(source, f"not a valid safetensors file: {error}") from None
-
-
-def _read_header(content: bytes, source: str) -> dict[str, Any]:
-    length = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or len(content) < 8 + length:
-        raise FormatError(source, f"{len(content)} bytes: truncated, or not a safetensors file")
-    try:
-        outer = json.loads(content[8 : 8 + length])
-        header = json.loads(outer["__metadata__"][METADATA_KEY])
-        stored = header.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FormatError(
-            source, "has no readable hwsim header: damaged, or written by another program"
-        ) from None
-    digest, _ = _digest(content)
-    if stored != digest:
-        raise FormatError(
-            source,
-            Problem(
-                "sha256", f"header says {stored}, content gives {digest}: the file was damaged or edited"
-            ),
-        )
-    return header
-
-
-def _digest(content: bytes) -> tuple[str, tuple[int, int]]:
-    """SHA-256 of the file with its digest read as zeros, and where that digest stands."""
-    length = int.from_bytes(content[:8], "little")
-    place = DIGEST_PATTERN.search(content, 8, 8 + length)
-    if place is None:
-        return "", (0, 0)
-    start, stop = place.span(1)
-    view = memoryview(content)
-    digest = hashlib.sha256(view[:start])
-    digest.update(NO_DIGEST.encode())
-    digest.update(view[stop:])
-    return digest.hexdigest(), (start, stop)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what shaped a model file, for its header."""
-    names = ("hwsim", "torch", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-# --- integers of a few bits
-
-
-def pack_bits(values: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
-    """Integers of ``bits`` bits one after the other, least significant bit first; the last byte is filled
-    with zeros.
-
-    Parameters
-    ----------
-    values : integer array ``[n]``
-        The low ``bits`` bits of each are stored (two's complement for negative ones).
-    bits : int
-        1 to 16.
-
-    Returns
-    -------
-    uint8 array ``[ceil(n · bits / 8)]``
-
-    Examples
-    --------
-    >>> pack_bits(np.array([1, 2, 3, 0, 2]), 2).tolist()
-    [57, 2]
-    """
-    parts = [np.zeros(0, np.uint8)]
-    for start in range(0, len(values), CHUNK_VALUES):
-        part = values[start : start + CHUNK_VALUES].astype("<i4").astype("<u2")
-        planes = np.unpackbits(part.view(np.uint8).reshape(-1, 2), axis=1, count=bits, bitorder="little")
-        parts.append(np.packbits(planes, bitorder="little"))
-    return np.concatenate(parts)
-
-
-def unpack_bits(stream: NDArray[np.uint8], count: int, bits: int) -> NDArray[np.uint16]:
-    """The inverse of `pack_bits`, unsigned: uint16 array ``[count]``.
-
-    Examples
-    --------
-    >>> unpack_bits(np.array([57, 2], np.uint8), 5, 2).tolist()
-    [1, 2, 3, 0, 2]
-    """
-    values = np.zeros(count, "<u2")
-    for start in range(0, count, CHUNK_VALUES):
-        stop = min(start + CHUNK_VALUES, count)
-        part = stream[start * bits // 8 : -(-stop * bits // 8)]
-        planes = np.unpackbits(part, count=(stop - start) * bits, bitorder="little").reshape(-1, bits)
-        packed = np.packbits(planes, axis=1, bitorder="little")
-        bytes_of = values[start:stop].view(np.uint8).reshape(-1, 2)
-        bytes_of[:, : packed.shape[1]] = packed
-    return values.astype(np.uint16)
-
 
 # --- the model
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Scales and surroundings of a layer in the integer model: real value = integer × scale.
-
-    Attributes
-    ----------
-    input_scale, output_scale : float
-        Of the tensor that the layer reads, and of the one that its requantiser writes.
-    norm : str
-        Module of the batch normalisation that the requantiser carries out; empty where there is none.
-    nonlinearity : {"none", "relu", "relu6"}
-        What the requantiser applies. relu6 is a relu whose output scale makes the largest integer at most 6.
-    producer : str
-        The layer whose integers are read as they are; empty where a float tensor is quantised first.
-    """
-
-    input_scale: float
-    output_scale: float
-    norm: str = ""
-    nonlinearity: Literal["none", "relu", "relu6"] = "none"
-    producer: str = ""
 
 
 @dataclass(frozen=True)
@@ -356,36 +136,39 @@ class Artifact:
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """``integer × step_size`` in float32: the weight of one module, bit for bit."""
-        return self.integer_weight(name).astype(np.float32) * np.float32(
-            self.compressed[name].weights.step_size
-        )
+        layer = self.compressed[name]
+        return matrix_to_weight(layer.float_matrix(), self.weight_shapes[name], layer.column_order)
 
-    def size_report(self) -> pd.DataFrame:
-        """Bytes on disk by layer and stream; the rows add up to the file.
+    def size_report(self, preset: str = "small") -> pd.DataFrame:
+        """Bytes on disk by layer and stream; the rows add up to the file of `save_artifact`.
+
+        Parameters
+        ----------
+        preset : {"small", "fast"}
 
         Returns
         -------
         DataFrame
             One row per compressed layer, one for all other tensors, one for the headers. Columns: ``layer``,
             ``weights`` (count), ``type_bytes``, ``sign_bytes``, ``magnitude_bytes``, ``dense_bytes``,
-            ``other_bytes`` (requantiser; biases and normalisation; headers), ``total_bytes``,
-            ``bits_per_weight``, ``ratio_to_fp32``, ``ratio_to_int8`` (weights in 4 bytes or 1 byte each over
-            ``total_bytes``). The last three are NaN where there are no weights.
+            ``other_bytes`` (frequency tables, checksums, requantiser; biases and normalisation; headers),
+            ``total_bytes``, ``bits_per_weight``, ``ratio_to_fp32``, ``ratio_to_int8`` (weights in 4 bytes or 1 byte
+            each over ``total_bytes``). The last three are NaN where there are no weights. Streams of a layer share
+            entropy-coded words, and are charged by their ideal code lengths.
         """
         import pandas as pd
 
-        header, tensors = _file_parts(self)
+        header, tensors = _file_parts(self, preset)
+        sections = section_sizes(self.compressed, self.weight_shapes, preset)
         rows = []
-        sizes = {key: values.nbytes for key, values in tensors.items()}
-        state_bytes = sum(size for key, size in sizes.items() if key.startswith(STATE))
-        for name in self.compressed:
-            streams = {f"{stream}_bytes": sizes.get(_key(name, stream), 0) for stream in STREAMS}
-            requantizer_bytes = sum(sizes.get(_key(name, part), 0) for part in REQUANTIZER_DTYPES)
-            weights = math.prod(self.weight_shapes[name])
-            rows.append({"layer": name, "weights": weights, **streams, "other_bytes": requantizer_bytes})
+        for name, sizes in sections.items():
+            streams = {f"{stream}_bytes": sizes[stream] for stream in (*STREAMS, "other")}
+            rows.append({"layer": name, "weights": math.prod(self.weight_shapes[name]), **streams})
         nothing = {"weights": 0, **{f"{stream}_bytes": 0 for stream in STREAMS}}
+        state_bytes = state_size(self.state)
         rows.append({"layer": "(biases and normalisation)", **nothing, "other_bytes": state_bytes})
-        header_bytes = len(container_bytes(header, tensors)) - sum(sizes.values())
+        in_sections = sum(sum(sizes.values()) for sizes in sections.values())
+        header_bytes = len(container_bytes(header, tensors)) - in_sections - state_bytes
         rows.append({"layer": "(headers)", **nothing, "other_bytes": header_bytes})
         table = pd.DataFrame(rows)
         table["total_bytes"] = table[[*(f"{stream}_bytes" for stream in STREAMS), "other_bytes"]].sum(axis=1)
@@ -396,7 +179,7 @@ class Artifact:
         return table
 
 
-def save_artifact(path: str | Path, artifact: Artifact) -> int:
+def save_artifact(path: str | Path, artifact: Artifact, preset: str = "small") -> int:
     """Write a compressed model; gives the bytes of the file.
 
     Parameters
@@ -404,17 +187,25 @@ def save_artifact(path: str | Path, artifact: Artifact) -> int:
     path : str or Path
         Replaced atomically.
     artifact : Artifact
+    preset : {"small", "fast"}
+        How hard the encoder tries (`compress.codec.PRESETS`). The integers are the same.
 
     Raises
     ------
     InputError
         Integers that do not fit their bits, parameters that are not finite, a full disk: nothing is written.
     """
-    return write_container(path, *_file_parts(artifact))
+    return write_container(path, *_file_parts(artifact, preset))
 
 
-def load_artifact(path: str | Path) -> Artifact:
-    """Read a compressed model and check all of it.
+def load_artifact(path: str | Path, max_weights: int = DEFAULT_MAX_WEIGHTS) -> Artifact:
+    """Read a compressed model of any version and check all of it.
+
+    Parameters
+    ----------
+    path : str or Path
+    max_weights : int
+        A file that announces more is refused before memory is asked for.
 
     Raises
     ------
@@ -423,44 +214,26 @@ def load_artifact(path: str | Path) -> Artifact:
     InputError
         The file cannot be read at all.
     """
-    header, tensors = read_container(path, ARTIFACT_FORMAT, ARTIFACT_VERSION)
+    plain, tensors = read_container(path, ARTIFACT_FORMAT, 1, ARTIFACT_VERSION)
     source = str(path)
-    try:
-        parsed = _Header.model_validate_json(json.dumps(header))
-    except ValidationError as error:
-        raise FormatError(source, validation_problems(error, _Header)) from None
-    problems: list[Problem] = []
-    compressed: dict[str, CompressedLayer] = {}
-    for part in parsed.layers:
-        try:
-            compressed[part.name] = _read_layer(part, tensors)
-        except InputError as error:
-            problems += [
-                Problem(f"{part.name}.{problem.field}", problem.message) for problem in error.problems
-            ]
-    known = {_key(part.name, stream) for part in parsed.layers for stream in (*STREAMS, *REQUANTIZER_DTYPES)}
-    state = {key.removeprefix(STATE): values for key, values in tensors.items() if key.startswith(STATE)}
-    problems += [
-        Problem(key, "unknown tensor") for key in tensors if key not in known and not key.startswith(STATE)
-    ]
-    if problems:
-        raise FormatError(source, problems)
+    content = _read_packed(plain, tensors, source) if plain else _read_coded(tensors, source, max_weights)
+    header = content.header
     artifact = Artifact(
-        network=parsed.network,
-        num_classes=parsed.num_classes,
-        input_shape=parsed.input_shape,
-        compressed=compressed,
-        weight_shapes={part.name: part.weight_shape for part in parsed.layers},
-        shapes=parsed.shapes,
-        state=state,
-        activations={part.name: part.activations for part in parsed.layers if part.activations is not None},
-        activation_bits=parsed.activation_bits,
-        accumulator_bits=parsed.accumulator_bits,
-        seed=parsed.seed,
-        recipe=dict(parsed.recipe),
-        results=dict(parsed.results),
-        dataset=parsed.dataset,
-        packages=parsed.packages,
+        network=header.network,
+        num_classes=header.num_classes,
+        input_shape=header.input_shape,
+        compressed=content.layers,
+        weight_shapes=content.weight_shapes,
+        shapes=header.shapes,
+        state=content.state,
+        activations=content.activations,
+        activation_bits=header.activation_bits,
+        accumulator_bits=header.accumulator_bits,
+        seed=header.seed,
+        recipe=dict(header.recipe),
+        results=dict(header.results),
+        dataset=header.dataset,
+        packages=header.packages,
     )
     problems = list(_problems(artifact))
     if problems:
@@ -471,33 +244,21 @@ def load_artifact(path: str | Path) -> Artifact:
 # --- from the model to header and tensors, and back
 
 STATE = "state/"
+HEADER, WEIGHTS = "header", "weights"
+MAX_HEADER_BYTES = 1 << 26
+"""Of the unpacked header: far above what any network needs, far below what hurts."""
+
 REQUANTIZER_DTYPES = {"bias": np.dtype(np.int32), "scale": np.dtype(np.int16), "shift": np.dtype(np.uint8)}
 
 Size = Annotated[int, Field(strict=True, ge=1)]
 Bits = Annotated[int, Field(strict=True, ge=1, le=62)]
 
 
-class _Part(BaseModel):
+class _Header(BaseModel):
+    """What both versions say of a network."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class _LayerPart(_Part):
-    """What the streams of a layer do not say themselves."""
-
-    name: Annotated[str, Field(min_length=1)]
-    weight_shape: Annotated[tuple[Size, ...], Field(min_length=2)]
-    groups: Size
-    block: tuple[Size, Size]
-    column_order: Literal["tap_major", "channel_major"]
-    type_bits: Literal[1, 2]
-    weight_bits: Annotated[int, Field(strict=True, ge=2, le=16)]
-    magnitude_bits: Annotated[int, Field(strict=True, ge=1, le=16)]
-    step_size: Annotated[float, Field(gt=0)]
-    relu: bool | None
-    activations: Activations | None
-
-
-class _Header(_Part):
     network: str
     num_classes: Size
     input_shape: tuple[Size, ...]
@@ -508,40 +269,34 @@ class _Header(_Part):
     recipe: dict[str, JsonValue]
     results: dict[str, JsonValue]
     packages: dict[str, str]
-    layers: tuple[_LayerPart, ...]
     shapes: tuple[LayerShape, ...]
 
 
-def _file_parts(artifact: Artifact) -> tuple[dict[str, Any], dict[str, NDArray]]:
+class _CodedHeader(_Header):
+    activations: dict[str, Activations]
+
+
+class _PackedHeader(_Header):
+    layers: tuple[PackedLayer, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Content:
+    """What a file holds, whatever its version."""
+
+    header: _Header
+    layers: dict[str, CompressedLayer]
+    weight_shapes: dict[str, tuple[int, ...]]
+    state: dict[str, NDArray]
+    activations: dict[str, Activations]
+
+
+def _file_parts(artifact: Artifact, preset: str) -> tuple[dict[str, Any], dict[str, NDArray]]:
     """Header and tensors of an artifact, checked."""
     problems = list(_problems(artifact))
     if problems:
         raise InputError("compressed model", problems)
-    tensors: dict[str, NDArray] = {}
-    parts = []
-    for name, layer in artifact.compressed.items():
-        weights, shape = layer.weights, artifact.weight_shapes[name]
-        type_bits = 2 if (layer.types == DENSE).any() else 1
-        tensors |= {_key(name, stream): values for stream, values in _streams(layer, shape, type_bits)}
-        parts.append(
-            {
-                "name": name,
-                "weight_shape": shape,
-                "groups": len(layer.types),
-                "block": layer.block,
-                "column_order": layer.column_order,
-                "type_bits": type_bits,
-                "weight_bits": weights.weight_bits,
-                "magnitude_bits": weights.magnitude_bits,
-                "step_size": weights.step_size,
-                "relu": weights.requantizer.relu if weights.requantizer else None,
-                "activations": asdict(artifact.activations[name]) if name in artifact.activations else None,
-            }
-        )
-    tensors |= {STATE + name: values for name, values in artifact.state.items()}
     header = {
-        "format": ARTIFACT_FORMAT,
-        "version": ARTIFACT_VERSION,
         "network": artifact.network,
         "num_classes": artifact.num_classes,
         "input_shape": artifact.input_shape,
@@ -552,86 +307,75 @@ def _file_parts(artifact: Artifact) -> tuple[dict[str, Any], dict[str, NDArray]]
         "recipe": artifact.recipe,
         "results": artifact.results,
         "packages": artifact.packages,
-        "layers": parts,
+        "activations": {name: asdict(scales) for name, scales in artifact.activations.items()},
         "shapes": [asdict(shape) for shape in artifact.shapes],
     }
-    return header, tensors
-
-
-def _streams(layer: CompressedLayer, shape: tuple[int, ...], type_bits: int) -> Iterator[tuple[str, NDArray]]:
-    """The streams that a layer has: those without an entry are left out."""
-    weights = layer.weights
-    per_weight = _per_weight(layer.types, layer.block, _gemm_shape(layer.name, shape, len(layer.types)))
-    packed = {
-        "type": pack_bits(layer.types.ravel(), type_bits),
-        "sign": pack_bits(weights.signs[per_weight == UNIFIED], 1),
-        "magnitude": pack_bits(weights.magnitudes[layer.types == UNIFIED], weights.magnitude_bits),
-        "dense": pack_bits(weights.dense[per_weight == DENSE], weights.weight_bits),
+    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
+    weights = encode_network(artifact.compressed, artifact.weight_shapes, artifact.state, preset)
+    tensors = {
+        HEADER: np.frombuffer(zlib.compress(text, 9), np.uint8),
+        WEIGHTS: np.frombuffer(weights, np.uint8),
     }
-    yield from ((stream, values) for stream, values in packed.items() if values.size)
-    if weights.requantizer is not None:
-        yield from ((name, getattr(weights.requantizer, name)) for name in REQUANTIZER_DTYPES)
+    return {"format": ARTIFACT_FORMAT, "version": ARTIFACT_VERSION}, tensors
 
 
-def _read_layer(part: _LayerPart, tensors: Mapping[str, NDArray]) -> CompressedLayer:
-    """One layer from its header and streams.
+def _read_coded(tensors: Mapping[str, NDArray], source: str, max_weights: int) -> _Content:
+    """Version 2: a deflated header, and the byte string of `compress.codec`."""
+    problems = [
+        Problem(name, "is missing or no byte string")
+        for name in (HEADER, WEIGHTS)
+        if name not in tensors or tensors[name].dtype != np.uint8 or tensors[name].ndim != 1
+    ]
+    problems += [Problem(name, "unknown tensor") for name in tensors if name not in (HEADER, WEIGHTS)]
+    if problems:
+        raise FormatError(source, problems)
+    engine = zlib.decompressobj()
+    try:
+        text = engine.decompress(tensors[HEADER].tobytes(), MAX_HEADER_BYTES)
+    except zlib.error as error:
+        raise FormatError(source, Problem(HEADER, str(error))) from None
+    if not engine.eof or engine.unused_data:
+        raise FormatError(source, Problem(HEADER, f"longer than {MAX_HEADER_BYTES:,} bytes, or cut short"))
+    header = _parse(_CodedHeader, text, source)
+    found = decode_network(tensors[WEIGHTS].data, source, max_weights)
+    return _Content(header, found.layers, found.weight_shapes, found.state, header.activations)
 
-    Raises
-    ------
-    InputError
-        A stream that is missing, of a wrong type or of a wrong length; a type code above 2.
-    """
 
-    def take(stream: str, count: int, bits: int) -> NDArray[np.uint16]:
-        found = tensors.get(_key(part.name, stream), np.zeros(0, np.uint8))
-        expected = -(-count * bits // 8)
-        if found.dtype != np.uint8 or found.shape != (expected,):
-            message = f"{found.dtype}{list(found.shape)}, must be uint8[{expected}]: {count} × {bits} bits"
-            raise InputError(part.name, Problem(stream, message))
-        return unpack_bits(found, count, bits)
-
-    shape = _gemm_shape(part.name, part.weight_shape, part.groups)
-    grid = (part.groups, *shape.blocks(part.block))
-    types = take("type", int(np.prod(grid)), part.type_bits).astype(np.uint8).reshape(grid)
-    check_types(types, part.name)
-    per_weight = _per_weight(types, part.block, shape)
-    unified, dense = per_weight == UNIFIED, per_weight == DENSE
-    signs = np.zeros(per_weight.shape, np.uint8)
-    signs[unified] = take("sign", int(unified.sum()), 1)
-    magnitudes = np.zeros(grid, np.uint16)
-    magnitudes[types == UNIFIED] = take("magnitude", int((types == UNIFIED).sum()), part.magnitude_bits)
-    integers = np.zeros(per_weight.shape, np.int16)
-    sign_bit = 1 << (part.weight_bits - 1)
-    integers[dense] = (
-        take("dense", int(dense.sum()), part.weight_bits).astype(np.int32) ^ sign_bit
-    ) - sign_bit
-    weights = QuantizedWeights(
-        dense=integers,
-        signs=signs,
-        magnitudes=magnitudes,
-        weight_bits=part.weight_bits,
-        magnitude_bits=part.magnitude_bits,
-        step_size=part.step_size,
-        requantizer=_read_requantizer(part, tensors),
+def _read_packed(plain: Mapping[str, Any], tensors: Mapping[str, NDArray], source: str) -> _Content:
+    """Version 1: a plain header, and one tensor per stream."""
+    header = _parse(_PackedHeader, json.dumps(plain).encode(), source)
+    problems: list[Problem] = []
+    layers: dict[str, CompressedLayer] = {}
+    for part in header.layers:
+        try:
+            layers[part.name] = read_packed_layer(part, tensors)
+        except InputError as error:
+            problems += [
+                Problem(f"{part.name}.{problem.field}", problem.message) for problem in error.problems
+            ]
+    known = {f"layers/{part.name}/{stream}" for part in header.layers for stream in STREAM_PARTS}
+    problems += [
+        Problem(key, "unknown tensor") for key in tensors if key not in known and not key.startswith(STATE)
+    ]
+    if problems:
+        raise FormatError(source, problems)
+    return _Content(
+        header,
+        layers,
+        {part.name: part.weight_shape for part in header.layers},
+        {key.removeprefix(STATE): values for key, values in tensors.items() if key.startswith(STATE)},
+        {part.name: part.activations for part in header.layers if part.activations is not None},
     )
-    return CompressedLayer(part.name, part.block, part.column_order, types, weights)
 
 
-def _read_requantizer(part: _LayerPart, tensors: Mapping[str, NDArray]) -> Requantizer | None:
-    found = {
-        name: tensors[_key(part.name, name)]
-        for name in REQUANTIZER_DTYPES
-        if _key(part.name, name) in tensors
-    }
-    if part.relu is None and not found:
-        return None
-    missing = sorted(set(REQUANTIZER_DTYPES) - set(found))
-    if part.relu is None or missing:
-        message = (
-            f"incomplete: {', '.join(missing)} missing" if missing else "without its relu flag in the header"
-        )
-        raise InputError(part.name, Problem("requantizer", message))
-    return Requantizer(relu=part.relu, **found)
+_H = TypeVar("_H", bound=_Header)
+
+
+def _parse(kind: type[_H], text: bytes, source: str) -> _H:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise FormatError(source, validation_problems(error, kind)) from None
 
 
 def _problems(artifact: Artifact) -> Iterator[Problem]:
@@ -749,15 +493,6 @@ def _gemm_shape(name: str, weight_shape: tuple[int, ...], groups: int) -> LayerS
     )
 
 
-def _per_weight(types: NDArray[np.uint8], block: tuple[int, int], shape: LayerShape) -> NDArray[np.uint8]:
-    """The block type of every real weight: ``[groups, m, k]``."""
-    return np.repeat(np.repeat(types, block[0], axis=1), block[1], axis=2)[:, : shape.m, : shape.k]
-
-
 def _module_of(layer_name: str) -> str:
     """Second and later uses of a module carry a mark behind its name (`compress.shapes.layer_shapes`)."""
     return layer_name.split("#")[0]
-
-
-def _key(name: str, stream: str) -> str:
-    return f"layers/{name}/{stream}"

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from compress.fit import Progress
     from compress.rules import CompressionConfig, Recipe
 
-__all__ = ["compress", "load_images", "train"]
+__all__ = ["compress", "load_images", "pack", "train"]
+
+DEFAULT_MAX_LOSS = 0.005
+"""Nats of calibration loss that a preset may cost. LeNet-5, Fashion-MNIST, 4×4 blocks, three quarters pruned, the rest unified:
+the file shrinks from 32,376 to 23,803 bytes, the accuracy of the integers from 88.47 to 88.30 %.
+"""
 
 
 def _data_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +63,7 @@ def train(
     Networks that fit the 28x28 images: lenet5, lenet300, resnet20.
     """
     from compress import zoo
-    from compress.artifact import check_writable
+    from compress.container import check_writable
     from compress.train import Checkpoint, note_of, save_checkpoint
     from compress.train import train as run
 
@@ -138,6 +143,16 @@ def train(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the state of the run after every epoch; the same command goes on from there.",
 )
+@click.option(
+    "--preset",
+    type=click.Choice(["small", "fast"]),
+    help="Coarser integers for a small file, coded with all effort or quickly; without it the integers stay as trained.",
+)
+@click.option(
+    "--max-loss",
+    type=float,
+    help="With --preset: calibration loss in nats that coarser integers may cost.  [default: 0.005]",
+)
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(
     "--calibration-images", default=512, show_default=True, help="Training images that set activation scales."
@@ -154,6 +169,8 @@ def compress(
     train_images: int | None,
     test_images: int | None,
     checkpoint: Path | None,
+    preset: str | None,
+    max_loss: float | None,
     activation_bits: int,
     calibration_images: int,
     seed: int,
@@ -167,15 +184,19 @@ def compress(
     """
     import logging
 
-    from compress.artifact import check_writable, save_artifact
+    from compress.artifact import save_artifact
     from compress.budget import as_budget
     from compress.cli_hardware import parse_block
+    from compress.container import check_writable
     from compress.rebuild import compress_checkpoint
     from compress.train import load_checkpoint
+    from hwsim.errors import InputError, Problem
     from hwsim.tables import format_table
 
     # The library logs the warnings that are printed at the end; without a handler Python would print them twice.
     logging.getLogger("compress").addHandler(logging.NullHandler())
+    if max_loss is not None and preset is None:
+        raise InputError("options", Problem("max_loss", "needs a preset", "add --preset small"))
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
     _check_choices(budget, len(shapes), settings)
@@ -199,20 +220,22 @@ def compress(
             blocks=shapes if wanted is not None else (),
             activation_bits=activation_bits,
             calibration_images=calibration_images,
+            max_loss=(DEFAULT_MAX_LOSS if max_loss is None else max_loss) if preset else 0.0,
             progress=progress,
             resume_from=checkpoint,
         )
-    size_bytes = save_artifact(path, artifact)
+    size_bytes = save_artifact(path, artifact, preset or "small")
     results = artifact.results
     for warning in results["warnings"]:
         click.echo(f"warning: {warning}", err=True)
     if allocation is not None or wanted is not None:
         click.echo(format_table(artifact.recipe["plan"]["layers"]))
     weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
+    coarser = f", coarser {results['accuracy_coarse']:.2%}" if "accuracy_coarse" in results else ""
     click.echo(f"data      {images.source}")
     click.echo(
         f"accuracy  dense {results['accuracy_dense']:.2%}, projected {results['accuracy_projected']:.2%}, "
-        f"retrained {results['accuracy_retrained']:.2%}; "
+        f"retrained {results['accuracy_retrained']:.2%}{coarser}; "
         f"{activation_bits}-bit integers {results['accuracy_integer']:.2%}"
     )
     if "budget" in results:
@@ -242,6 +265,38 @@ def _check_choices(budget: str | None, blocks: int, settings: dict[str, Any]) ->
         problems.append(Problem("--block", "several shapes are chosen from by --budget only", "give one"))
     if problems:
         raise InputError("options", problems)
+
+
+@click.command(
+    epilog="Example: hwsim pack lenet5.hws.safetensors --preset fast --out lenet5-fast.hws.safetensors"
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--preset",
+    type=click.Choice(["small", "fast"]),
+    default="small",
+    show_default=True,
+    help="Effort of the encoder.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="File to write; default FILE itself, replaced at once or not at all.",
+)
+def pack(file: Path, preset: str, out: Path | None) -> None:
+    """Write a compressed model of any version anew in the entropy-coded form, to the bit the same integers."""
+    from compress.artifact import load_artifact, save_artifact
+    from compress.container import check_writable
+
+    artifact = load_artifact(file)
+    before, path = file.stat().st_size, out or file
+    check_writable(path)
+    after = save_artifact(path, artifact, preset)
+    weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
+    click.echo(
+        f"written   {path} ({after:,} bytes, before {before:,}: {8 * after / weights:.2f} bits per weight, "
+        f"{4 * weights / after:.1f} times smaller than fp32)"
+    )
 
 
 def _settings(path: Path | None, options: dict[str, Any]) -> tuple[CompressionConfig, Recipe]:

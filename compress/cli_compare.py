@@ -137,7 +137,7 @@ def _dense_weights(path: Path, layers: list[Layer]) -> dict[str, NDArray]:
     """``[groups, m, k]`` of every layer, the input channel fastest, from a file that `hwsim train` wrote."""
     import numpy as np
 
-    from compress.artifact import read_container
+    from compress.container import read_container
     from hwsim.errors import InputError, Problem
 
     _, tensors = read_container(path, "hwsim-dense", 1)

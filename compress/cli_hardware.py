@@ -161,7 +161,7 @@ def write_tables(result: Any, names: Sequence[str], folder: Path) -> None:
     """Write the tables of a result as CSV and all of it as ``report.json``."""
     import json
 
-    from compress.artifact import write_atomically
+    from hwsim.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:

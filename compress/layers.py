@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hwsim.layer import Layer, LayerShape, QuantizedWeights
 
-__all__ = ["CompressedLayer"]
+__all__ = ["Activations", "CompressedLayer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,44 @@ class CompressedLayer:
     types: NDArray[np.uint8]
     weights: QuantizedWeights
 
+    def float_matrix(self) -> NDArray[np.float32]:
+        """``float32[groups, m, k]``: integer × float32(``step_size``)."""
+        weights, (g_o, g_k) = self.weights, self.block
+        _, m, k = weights.dense.shape
+        values = weights.dense.astype(np.float32)
+        if weights.magnitudes.any():
+            rows = weights.magnitudes.astype(np.float32).repeat(g_k, axis=2)[:, :, :k]
+            magnitudes = rows.repeat(g_o, axis=1)[:, :m]
+            # The sign bit of a float is its highest; adding to 0 or to a dense 0 makes a −0 a +0.
+            bits = magnitudes.view(np.uint32)
+            bits ^= weights.signs.astype(np.uint32) << np.uint32(31)
+            values += magnitudes
+        values *= np.float32(weights.step_size)
+        return values
+
     def on_hardware(self, shape: LayerShape) -> Layer:
         """The layer as the simulator takes it, with the geometry that a forward pass showed."""
         return Layer(shape, self.block, self.types, self.weights, self.column_order)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Scales and surroundings of a layer in the integer model: real value = integer × scale.
+
+    Attributes
+    ----------
+    input_scale, output_scale : float
+        Of the tensor that the layer reads, and of the one that its requantiser writes.
+    norm : str
+        Module of the batch normalisation that the requantiser carries out; empty where there is none.
+    nonlinearity : {"none", "relu", "relu6"}
+        What the requantiser applies. relu6 is a relu whose output scale makes the largest integer at most 6.
+    producer : str
+        The layer whose integers are read as they are; empty where a float tensor is quantised first.
+    """
+
+    input_scale: float
+    output_scale: float
+    norm: str = ""
+    nonlinearity: Literal["none", "relu", "relu6"] = "none"
+    producer: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from compress.data import Dataset, balanced_subset
 from compress.fit import CompressionResult, Progress, compress
 from compress.integer import IntegerModel, quantize_activations, width_problems
 from compress.layers import CompressedLayer
+from compress.rate_distortion import coarsen_within
 from compress.rules import CompressionConfig, Plan, Recipe
 from compress.shapes import layer_shapes
 from compress.train import Checkpoint, channels_last, check_fit, evaluate, note_of, state_problems
@@ -39,6 +41,7 @@ def compress_checkpoint(
     activation_bits: int = 8,
     accumulator_bits: int = 32,
     calibration_images: int = 512,
+    max_loss: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
     resume_from: str | Path | None = None,
 ) -> Artifact:
@@ -59,6 +62,9 @@ def compress_checkpoint(
         Of the integer model.
     calibration_images : int
         Training images, as many of each class, that set the scales of the activations and weigh blocks.
+    max_loss : float
+        Nats of calibration loss that coarser integers may cost, chosen for a small file
+        (`compress.rate_distortion.coarsen_within`); 0 keeps the integers of the training.
     progress : callable, optional
         See `compress.fit.compress`.
     resume_from : str or Path, optional
@@ -68,6 +74,7 @@ def compress_checkpoint(
     -------
     Artifact
         ``results`` holds ``accuracy_dense``, ``accuracy_projected``, ``accuracy_retrained`` (float, quantised weights),
+        ``accuracy_coarse`` (the same with coarser integers, where asked for),
         ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``; with a budget
         ``budget``: its quantity, limit, and what the final block types cost. ``recipe`` holds the plan, layer by layer, where
         blocks were dealt out, and what was permuted.
@@ -81,6 +88,8 @@ def compress_checkpoint(
     problems = width_problems(activation_bits, accumulator_bits)
     if calibration_images < 1:
         problems.append(Problem("calibration_images", f"{calibration_images}, must be at least 1"))
+    if not 0 <= max_loss < math.inf:
+        problems.append(Problem("max_loss", f"{max_loss}, must be at least 0 and finite"))
     if problems:  # said before the training, not after it
         raise InputError("compression", problems)
     model = copy.deepcopy(checkpoint.model)
@@ -108,9 +117,14 @@ def compress_checkpoint(
             checkpoint=resume_from,
             adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
         )
+    layers, coarse = result.layers, {}
+    if max_loss:
+        model.eval()
+        layers, multiplier = coarsen_within(model, layers, *calibration, max_loss, seed=recipe.seed)
+        coarse = {"max_loss": max_loss, "multiplier": multiplier, "accuracy_coarse": accuracy(model)}
     integer_model = quantize_activations(
         model,
-        result.layers,
+        layers,
         calibration[0],
         activation_bits=activation_bits,
         accumulator_bits=accumulator_bits,
@@ -120,6 +134,7 @@ def compress_checkpoint(
         "accuracy_dense": result.accuracy_dense,
         "accuracy_projected": result.accuracy_projected,
         "accuracy_retrained": result.accuracy_retrained,
+        **coarse,
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
         "warnings": [*result.warnings, *integer_model.notes, *outside],
@@ -137,7 +152,7 @@ def compress_checkpoint(
     }
     return make_artifact(
         model,
-        result.layers,
+        layers,
         data.input_shape,
         checkpoint.num_classes,
         network=checkpoint.network,

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 
-from compress.artifact import read_container, write_container
+from compress.container import read_container, write_container
 from hwsim.errors import FormatError, InputError, Problem
 from hwsim.machine import validation_problems
 

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from compress import zoo
-from compress.artifact import DatasetNote, package_versions, read_container, write_container
+from compress.artifact import DatasetNote
+from compress.container import package_versions, read_container, write_container
 from compress.data import Dataset
 from compress.fit import Progress
 from compress.shapes import evaluation_mode

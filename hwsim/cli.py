@@ -21,6 +21,8 @@ _COMMANDS = {
     "demo": ("sweeps.cli:demo", "Train, compress, simulate, sweep and plot on real images."),
     "train": ("compress.cli:train", "Train a network of the zoo."),
     "compress": ("compress.cli:compress", "Compress a trained network into blocks by ADMM."),
+    "pack": ("compress.cli:pack", "Entropy-code a compressed model anew, without loss."),
+    "codec-bench": ("compress.cli_codec:codec_bench", "File sizes and speeds beside NNCodec."),
     "simulate": (
         "compress.cli_hardware:simulate",
         "Cycles, traffic, energy and area of a network on a machine.",

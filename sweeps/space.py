@@ -47,7 +47,7 @@ __all__ = [
     "technology_digest",
 ]
 
-METHOD_VERSION = "1"
+METHOD_VERSION = "2"
 """Raised whenever training or compression changes what it makes of the same inputs; part of every key."""
 
 Hold = Literal["lanes", "area"]

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from compress import data, fit
 from compress.artifact import load_artifact
-from compress.cli import compress, train
+from compress.cli import compress, pack, train
 from compress.rebuild import rebuild_integer
 from compress.train import evaluate, load_checkpoint
 from hwsim.errors import FormatError, HwsimError, InputError
@@ -307,3 +307,38 @@ def test_importing_the_commands_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_preset_makes_a_smaller_file_that_says_what_it_cost(tmp_path: Path, dense: Path) -> None:
+    plain, small = tmp_path / "plain", tmp_path / "small"
+    assert run(compress, dense, *QUICK, "--out", plain).exception is None
+    result = run(compress, dense, *QUICK, "--preset", "small", "--max-loss", "0.05", "--out", small)
+    assert result.exception is None, result.output
+    assert small.stat().st_size < 0.8 * plain.stat().st_size
+    artifact = load_artifact(small)
+    assert artifact.results["max_loss"] == 0.05
+    assert artifact.results["multiplier"] > 0
+    images = data.load_dataset("digits", train_limit=320, test_limit=100)
+    found = evaluate(rebuild_integer(artifact), images.normalise(images.test_images), images.test_labels)
+    assert artifact.results["accuracy_integer"] == found
+    assert f"coarser {artifact.results['accuracy_coarse']:.2%}" in result.stdout
+
+
+def test_pack_changes_bytes_and_nothing_else(tmp_path: Path) -> None:
+    old = Path(__file__).parent / "data" / "version1.hws.safetensors"
+    result = run(pack, old, "--out", tmp_path / "new")
+    assert result.exception is None, result.output
+    before, after = load_artifact(old), load_artifact(tmp_path / "new")
+    for name in before.compressed:
+        assert (before.weight(name) == after.weight(name)).all()
+    size = (tmp_path / "new").stat().st_size
+    assert f"({size:,} bytes, before {old.stat().st_size:,}:" in result.stdout
+    assert run(pack, tmp_path / "new", "--preset", "fast").exception is None
+    assert (load_artifact(tmp_path / "new").weight("fc") == before.weight("fc")).all()
+
+
+def test_wrong_uses_of_presets_are_input_errors(tmp_path: Path, dense: Path) -> None:
+    assert "add --preset small" in str(error_of(compress, dense, *QUICK, "--max-loss", "0.1"))
+    assert "max_loss: -1.0" in str(error_of(compress, dense, *QUICK, "--preset", "fast", "--max-loss", "-1"))
+    assert "cannot be read" in str(error_of(pack, tmp_path / "missing"))
+    assert isinstance(error_of(pack, dense), FormatError)

@@ -1,0 +1,551 @@
+"""Coarser integers for a smaller file: each weight is rounded where the loss gains least per bit saved.
+
+One number decides, the multiplier λ: what a bit is worth in units of the loss (nats). Per layer the grid is chosen, per
+weight or shared magnitude the point on it, both by least ``½·h·(ŵ − w)² + λ·bits(ŵ)`` with h the diagonal of the Fisher
+matrix. What comes out is the integers that run and that the file holds; `compress.codec` adds nothing and loses nothing.
+
+Sources: entropy-constrained quantisation: Chou, Lookabaugh, Gray, "Entropy-constrained vector quantization", IEEE
+Trans. ASSP 37 (1989); uniform grid and rounding by rate: Wiedemann et al., "DeepCABAC", arXiv 1907.11900 (2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress.blocks import expand_blocks, weight_to_matrix
+from compress.layers import CompressedLayer
+from compress.quantize import dequantize, magnitude_range, weight_range
+from hwsim.errors import InputError, Problem
+from hwsim.layer import DENSE, UNIFIED, QuantizedWeights
+
+__all__ = [
+    "Curvature",
+    "coarsen",
+    "coarsen_network",
+    "coarsen_within",
+    "curvatures",
+    "refit_biases",
+    "round_biases",
+    "set_weights",
+]
+
+Array = NDArray[np.float64]
+
+STEP_FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4)
+"""Steps that are tried, as multiples of the one that is best at high rate."""
+
+LOG_RATIOS = (1.12, 1.25, 1.4)
+"""Ratios of neighbouring magnitudes on the logarithmic grids that are tried."""
+
+CURVATURE_FLOOR = 0.02
+"""Share of a layer's mean curvature that every weight has at least: calibration sees few inputs."""
+
+SEARCH_VALUES = 1 << 12
+"""Values on which a grid is chosen: a regular sample of larger layers."""
+
+TURNS = 3
+"""Turns in which bits and rounding settle."""
+
+MULTIPLIERS = tuple(1e-10 * 2.0 ** (i / 2) for i in range(61))
+"""λ that `coarsen_within` tries: nats per bit."""
+
+LOSS_BATCH = 512
+
+NO_SYMBOL_BITS = 16.0
+"""Cost of a grid point that nothing was rounded to so far."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """Curvature of the loss along each weight of a layer: ``rows · columns + floor``, in nats per squared weight.
+
+    Attributes
+    ----------
+    rows : float64 array ``[groups, m, 1]``
+    columns : float64 array ``[groups, 1, k]``
+    floor : float
+        What every weight has at least.
+    """
+
+    rows: Array
+    columns: Array
+    floor: float
+
+    def full(self) -> Array:
+        """``float64[groups, m, k]``, positive."""
+        return self.rows * self.columns + self.floor
+
+    def at(self, mask: NDArray[np.bool_]) -> Array:
+        """`full` where a mask ``[groups, m, k]`` is set, without the rest."""
+        group, row, column = np.nonzero(mask)
+        return self.rows[group, row, 0] * self.columns[group, 0, column] + self.floor
+
+    def of_blocks(self, block: tuple[int, int]) -> tuple[Array, Array]:
+        """Sums of `full` over the real entries of every block, and their numbers: ``[groups, Mb, Kb]`` each."""
+        sizes = (self.rows.shape[1], self.columns.shape[2])
+        tops, lefts = (np.arange(0, size, step) for size, step in zip(sizes, block, strict=True))
+        rows, columns = np.add.reduceat(self.rows, tops, axis=1), np.add.reduceat(self.columns, lefts, axis=2)
+        heights = np.diff(np.append(tops, sizes[0])).astype(np.float64)
+        widths = np.diff(np.append(lefts, sizes[1])).astype(np.float64)
+        entries = np.broadcast_to(np.outer(heights, widths), (len(rows), len(tops), len(lefts)))
+        return rows * columns + self.floor * entries, entries
+
+    @classmethod
+    def constant(cls, groups: int, m: int, k: int, value: float = 1.0) -> Curvature:
+        """The same for every weight: what is left without calibration inputs."""
+        return cls(np.zeros((groups, m, 1)), np.zeros((groups, 1, k)), value)
+
+
+def curvatures(
+    model: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    inputs: Tensor,
+    *,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> dict[str, Curvature]:
+    """The diagonal of the Fisher matrix of every layer's weight.
+
+    It is estimated from gradients for labels that the network's own distribution draws, and smoothed to the outer product of
+    its means over rows and columns: the gradient of a matrix product is an outer product too, and single entries are
+    noisier than they are different.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Gives logits ``[n, classes]``. In evaluation mode; left as it is.
+    layers : mapping of str to CompressedLayer
+    inputs : Tensor ``[n, …]``
+        Calibration inputs; the more the better, 512 are enough for small networks.
+    seed : int
+        Of the labels.
+    batch_size : int
+        Inputs whose gradients are added before squaring. With labels drawn from the network they are independent
+        and of mean 0, so the expectation does not depend on it.
+    """
+    weights = [model.get_submodule(name).get_parameter("weight") for name in layers]
+    generator = torch.Generator().manual_seed(seed)
+    sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
+    with torch.enable_grad():
+        for batch in inputs.split(batch_size):
+            logits = model(batch)
+            if logits.dim() != 2:
+                problem = Problem("output", f"shape {tuple(logits.shape)}, must be [n, classes]")
+                raise InputError("curvatures", problem)
+            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
+            loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += gradient.double().square()
+    return {
+        name: _smoothed(weight_to_matrix(total / len(inputs), len(layer.types), layer.column_order).cpu())
+        for (name, layer), total in zip(layers.items(), sums, strict=True)
+    }
+
+
+def _smoothed(diagonal: Tensor) -> Curvature:
+    mean = diagonal.mean(dim=(1, 2), keepdim=True)
+    rows, columns = diagonal.mean(dim=2, keepdim=True), diagonal.mean(dim=1, keepdim=True)
+    columns = torch.where(mean > 0, columns / mean, torch.zeros_like(mean))
+    return Curvature(rows.numpy(), columns.numpy(), CURVATURE_FLOOR * float(diagonal.mean()) or 1.0)
+
+
+# --- one layer
+
+
+@dataclass(frozen=True, eq=False)
+class _Values:
+    """Values that share a grid.
+
+    Attributes
+    ----------
+    exact : float64 array ``[n]``
+    curvature : float64 array ``[n]``
+    sign_bits : float64 array ``[n]``
+        Bits that a value costs besides its symbol where it is not 0.
+    """
+
+    exact: Array
+    curvature: Array
+    sign_bits: Array
+
+    def sample(self) -> _Values:
+        stride = -(-len(self.exact) // SEARCH_VALUES)
+        return _Values(self.exact[::stride], self.curvature[::stride], self.sign_bits[::stride])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rounding:
+    """Indices into a grid, the bits that each point costs, and the sum of loss and rate that was reached."""
+
+    indices: NDArray[np.int64]
+    bits: Array
+    cost: float
+
+
+def _bits(indices: NDArray[np.int64], points: int) -> Array:
+    counts = np.bincount(indices, minlength=points)
+    return np.where(counts > 0, -np.log2(np.maximum(counts, 1) / counts.sum()), NO_SYMBOL_BITS)
+
+
+def _nearest(exact: Array, grid: Array) -> NDArray[np.int64]:
+    return np.searchsorted((grid[1:] + grid[:-1]) / 2, exact)
+
+
+def _round(
+    values: _Values, grid: Array, zero: int, multiplier: float, bits: Array | None = None
+) -> _Rounding:
+    """Round to an ascending grid by loss and rate: to the nearest point, its neighbour towards 0, or 0.
+
+    The bits come from the rounding itself, settled in a few turns, unless they are given.
+    """
+    nearest = _nearest(values.exact, grid)
+    candidates = (nearest, nearest - np.sign(nearest - zero), np.full_like(nearest, zero))
+    losses = [0.5 * values.curvature * (grid[indices] - values.exact) ** 2 for indices in candidates]
+    for loss, indices in zip(losses, candidates, strict=True):
+        loss += multiplier * values.sign_bits * (indices != zero)
+    chosen = nearest
+    for _ in range(1 if bits is not None else TURNS):
+        price = multiplier * (bits if bits is not None else _bits(chosen, len(grid)))
+        chosen, least = candidates[0], losses[0] + price[candidates[0]]
+        for loss, indices in zip(losses[1:], candidates[1:], strict=True):
+            total = loss + price[indices]
+            better = total < least
+            chosen, least = np.where(better, indices, chosen), np.where(better, total, least)
+    return _Rounding(chosen, _bits(chosen, len(grid)), float(least.sum()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Integers that may be used, ascending and with 0, and the real value of one unit."""
+
+    integers: NDArray[np.int64]
+    step: float
+
+    @property
+    def points(self) -> Array:
+        return self.integers.astype(np.float64) * float(np.float32(self.step))
+
+    @property
+    def zero(self) -> int:
+        return int(np.searchsorted(self.integers, 0))
+
+
+def _best_step(values: _Values, multiplier: float) -> float:
+    """The step that is best at high rate: the rate falls by a bit where the step doubles, the loss is h·step²/24."""
+    return float(np.sqrt(12 * multiplier / (np.log(2) * values.curvature.mean())))
+
+
+def _uniform(values: _Values, step: float, low: int, high: int, stride: int = 1) -> _Grid:
+    """Multiples of a step from the least to the greatest value, within a range of integers."""
+    least = int(np.floor(min(values.exact.min(), 0) / step))
+    most = int(np.ceil(max(values.exact.max(), 0) / step))
+    first, last = max(least, -(-low // stride)), min(most, high // stride)
+    return _Grid(np.arange(first, last + 1) * stride, step / stride)
+
+
+def _fitted(values: _Values, low: int, high: int) -> float:
+    """The smallest step at which no value is clipped; tiny for zeros alone."""
+    up, down = max(values.exact.max(), 0) / high, max(-values.exact.min(), 0) / max(-low, 1)
+    return float(max(up, down, np.finfo(np.float32).tiny))
+
+
+def _choose(values: _Values, grids: list[_Grid], multiplier: float) -> tuple[_Grid, float, Array]:
+    """The best of some grids on a sample: with its cost there and the bits of its points."""
+    part = values.sample()
+    tried = [(_round(part, grid.points, grid.zero, multiplier), grid) for grid in grids]
+    rounding, grid = min(tried, key=lambda pair: pair[0].cost)
+    return grid, rounding.cost, rounding.bits
+
+
+def _dense_grids(values: _Values, multiplier: float, bits: int, least_step: float = 0.0) -> list[_Grid]:
+    low, high = weight_range(bits)
+    smallest = max(_fitted(values, low, high), least_step)
+    steps = {max(factor * _best_step(values, multiplier), smallest) for factor in STEP_FACTORS}
+    return [_uniform(values, step, low, high) for step in sorted(steps)]
+
+
+def _magnitude_grids(values: _Values, multiplier: float, bits: int) -> list[_Grid]:
+    low, high = magnitude_range(bits)
+    smallest = _fitted(values, low, high)
+    steps = {max(factor * _best_step(values, multiplier), smallest) for factor in STEP_FACTORS}
+    grids = [_uniform(values, step, low, high) for step in sorted(steps)]
+    for ratio in LOG_RATIOS:
+        powers = ratio ** -np.arange(0, 1 + int(np.log(high) / np.log(ratio)))
+        grids.append(_Grid(np.unique(np.rint(np.append(high * powers, 0)).astype(np.int64)), smallest))
+    return grids
+
+
+def coarsen(
+    layer: CompressedLayer,
+    curvature: Curvature,
+    multiplier: float,
+    *,
+    weight_bits: int | None = None,
+    magnitude_bits: int | None = None,
+) -> CompressedLayer:
+    """The layer on a coarser grid: types as they are, integers chosen by loss and rate.
+
+    Parameters
+    ----------
+    layer : CompressedLayer
+        Its effective weights are what is approximated. A requantiser is dropped, since it was made for other integers.
+    curvature : Curvature
+        As of `curvatures`.
+    multiplier : float
+        λ: loss in nats that a saved bit may cost; positive.
+    weight_bits, magnitude_bits : int
+        Of the new integers; as before where left out.
+
+    Returns
+    -------
+    CompressedLayer
+        A magnitude that is rounded to 0 leaves its block UNIFIED, with positive signs, which cost nothing.
+
+    Raises
+    ------
+    InputError
+        A multiplier that is not positive.
+    """
+    if not 0 < multiplier < np.inf:
+        raise InputError("coarsen", Problem("multiplier", f"{multiplier}, must be positive and finite"))
+    weights, block = layer.weights, layer.block
+    weight_bits = weight_bits or weights.weight_bits
+    magnitude_bits = magnitude_bits or weights.magnitude_bits
+    _, m, k = weights.dense.shape
+    types = torch.from_numpy(layer.types)
+    is_dense = expand_blocks(types == DENSE, block, m, k).numpy()
+    is_unified = layer.types == UNIFIED
+    step = float(np.float32(weights.step_size))
+    dense = _Values(
+        weights.dense[is_dense] * step, curvature.at(is_dense), np.zeros(int(np.count_nonzero(is_dense)))
+    )
+    in_blocks = entries = np.zeros(0)
+    if is_unified.any():
+        in_blocks, entries = (part[is_unified] for part in curvature.of_blocks(block))
+    shared = _Values(weights.magnitudes[is_unified] * step, in_blocks, entries)
+    grids = _grids(dense, shared, multiplier, weight_bits, magnitude_bits)
+    integers = np.zeros(weights.dense.shape, np.int16)
+    magnitudes = np.zeros(layer.types.shape, np.uint16)
+    new_step = 1.0
+    for values, chosen, target, mask in (
+        (dense, grids[0], integers, is_dense),
+        (shared, grids[1], magnitudes, is_unified),
+    ):
+        if chosen is not None:
+            grid, bits = chosen
+            rounding = _round(values, grid.points, grid.zero, multiplier, bits)
+            target[mask] = grid.integers[rounding.indices]
+            new_step = grid.step
+    signs = weights.signs
+    if is_unified.any():
+        signs = signs * expand_blocks(torch.from_numpy(magnitudes > 0), block, m, k).numpy()
+    coarse = QuantizedWeights(
+        integers, signs, magnitudes, weight_bits, magnitude_bits, float(np.float32(new_step))
+    )
+    return replace(layer, weights=coarse)
+
+
+_Chosen = tuple[_Grid, Array] | None
+
+
+def _grids(
+    dense: _Values, shared: _Values, multiplier: float, weight_bits: int, magnitude_bits: int
+) -> tuple[_Chosen, _Chosen]:
+    """Grids of dense weights and of magnitudes, with the bits of their points.
+
+    Both add into one accumulator, so they have one step: where a layer has both, dense weights take every second, fourth or
+    eighth point of the finer grid, as a magnitude stands for a whole block and deserves more precision.
+    """
+    if not len(shared.exact):
+        if not len(dense.exact):
+            return None, None
+        grid, _, bits = _choose(dense, _dense_grids(dense, multiplier, weight_bits), multiplier)
+        return (grid, bits), None
+    if not len(dense.exact):
+        grid, _, bits = _choose(shared, _magnitude_grids(shared, multiplier, magnitude_bits), multiplier)
+        return None, (grid, bits)
+    low, high = weight_range(weight_bits)
+    least_step = _fitted(shared, *magnitude_range(magnitude_bits))
+    coarse, _, _ = _choose(dense, _dense_grids(dense, multiplier, weight_bits, least_step), multiplier)
+    best: tuple[float, _Chosen, _Chosen] | None = None
+    for stride in (1, 2, 4, 8):
+        step = coarse.step / stride
+        if stride > 1 and (
+            step < least_step or coarse.integers[-1] * stride > high or coarse.integers[0] * stride < low
+        ):
+            break
+        wide, dense_cost, dense_bits = _choose(
+            dense, [_uniform(dense, coarse.step, low, high, stride)], multiplier
+        )
+        fine, shared_cost, shared_bits = _choose(
+            shared, [_uniform(shared, step, *magnitude_range(magnitude_bits))], multiplier
+        )
+        # Costs are those of samples; both layers' parts weigh by their real numbers.
+        cost = dense_cost * len(dense.exact) / len(dense.sample().exact)
+        cost += shared_cost * len(shared.exact) / len(shared.sample().exact)
+        if best is None or cost < best[0]:
+            best = (cost, (wide, dense_bits), (replace(fine, step=wide.step), shared_bits))
+    assert best is not None  # a stride of 1 is always tried
+    return best[1], best[2]
+
+
+# --- a network
+
+
+def set_weights(model: nn.Module, layers: Mapping[str, CompressedLayer]) -> None:
+    """Give every module of ``layers`` the weight that its integers say."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = model.get_submodule(name).get_parameter("weight")
+            weight.copy_(dequantize(layer, tuple(weight.shape)))
+
+
+def coarsen_network(
+    model: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    curvature: Mapping[str, Curvature],
+    multiplier: float,
+    *,
+    weight_bits: int | None = None,
+    magnitude_bits: int | None = None,
+) -> dict[str, CompressedLayer]:
+    """`coarsen` for every layer; the weights of the model follow."""
+    coarse = {
+        name: coarsen(
+            layer, curvature[name], multiplier, weight_bits=weight_bits, magnitude_bits=magnitude_bits
+        )
+        for name, layer in layers.items()
+    }
+    set_weights(model, coarse)
+    return coarse
+
+
+def coarsen_within(
+    model: nn.Module,
+    layers: Mapping[str, CompressedLayer],
+    inputs: Tensor,
+    labels: Tensor,
+    max_loss: float,
+    *,
+    seed: int = 0,
+) -> tuple[dict[str, CompressedLayer], float]:
+    """The coarsest integers whose loss on calibration inputs is at most ``max_loss`` above that of the finest.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode; its weights are those of ``layers``, and follow. Biases of the layers are rounded too.
+    layers : mapping of str to CompressedLayer
+    inputs, labels : Tensor
+        Of calibration.
+    max_loss : float
+        Nats of mean cross-entropy.
+    seed : int
+        See `curvatures`.
+
+    Returns
+    -------
+    layers : dict of str to CompressedLayer
+        Those that came in, where even the finest of the coarser ones lose too much.
+    multiplier : float
+        λ that was reached; 0 where nothing was coarsened.
+
+    Raises
+    ------
+    InputError
+        A budget that is not positive.
+    """
+    if not 0 < max_loss < np.inf:
+        raise InputError("coarsen", Problem("max_loss", f"{max_loss}, must be positive and finite"))
+    curvature = curvatures(model, layers, inputs, seed=seed)
+    round_biases(model, layers)
+    allowed = _loss(model, inputs, labels) + max_loss
+    low, high = -1, len(MULTIPLIERS)  # the finest is as good as given, beyond the coarsest nothing is
+    best = dict(layers)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = {name: coarsen(layer, curvature[name], MULTIPLIERS[middle]) for name, layer in layers.items()}
+        set_weights(model, tried)
+        if _loss(model, inputs, labels) <= allowed:
+            low, best = middle, tried
+        else:
+            high = middle
+    set_weights(model, best)
+    return best, MULTIPLIERS[low] if low >= 0 else 0.0
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    parts = zip(inputs.split(LOSS_BATCH), labels.split(LOSS_BATCH), strict=True)
+    sums = [
+        float(nn.functional.cross_entropy(model(batch), truth, reduction="sum")) for batch, truth in parts
+    ]
+    return sum(sums) / len(inputs)
+
+
+def round_biases(model: nn.Module, names: Mapping[str, CompressedLayer], fraction_bits: int = 12) -> None:
+    """Round the biases of the layers to multiples of ``2**-fraction_bits``, which the file holds in half the bytes."""
+    scale = float(1 << fraction_bits)
+    with torch.no_grad():
+        for bias in _biases(model, names):
+            bias.copy_(torch.round(bias * scale) / scale)
+
+
+def _biases(model: nn.Module, names: Mapping[str, CompressedLayer]) -> list[nn.Parameter]:
+    found = (model.get_submodule(name)._parameters.get("bias") for name in names)
+    return [bias for bias in found if bias is not None]
+
+
+def refit_biases(
+    model: nn.Module,
+    names: Mapping[str, CompressedLayer],
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int = 2,
+    lr: float = 2e-3,
+    batch_size: int = 64,
+) -> None:
+    """Train the biases of the layers, nothing else, and round them.
+
+    Pruning and rounding to 0 shift the mean of what a layer gives; its bias can take that back. For networks that nobody
+    retrains; after retraining it gains nothing.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode.
+    names : mapping
+        Layers by module name; those without a bias are passed over.
+    inputs, labels : Tensor
+        Of calibration; taken in order, so shuffled if they are sorted.
+    epochs : int
+    lr : float
+        Of Adam; falls to 0 over the run.
+    batch_size : int
+    """
+    biases = _biases(model, names)
+    if not biases:
+        return
+    optimizer = torch.optim.Adam(biases, lr=lr)
+    batches = list(zip(inputs.split(batch_size), labels.split(batch_size), strict=True))
+    with torch.enable_grad():
+        for turn in range(epochs * len(batches)):
+            batch, truth = batches[turn % len(batches)]
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 - turn / (epochs * len(batches)))
+            gradients = torch.autograd.grad(nn.functional.cross_entropy(model(batch), truth), biases)
+            for bias, gradient in zip(biases, gradients, strict=True):
+                bias.grad = gradient
+            optimizer.step()
+    for bias in biases:
+        bias.grad = None
+    round_biases(model, names)
