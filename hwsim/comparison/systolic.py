@@ -266,7 +266,9 @@ def _traffic(shape: LayerShape, weight_bits: int, machine: Machine) -> _Traffic:
     )
     weight_loads = input_loads = 1
     if weights > weight_room and inputs > input_room:
-        by_weights, by_inputs = -(-weights // (weight_room // 2)), -(-inputs // (input_room // 2))
+        # A memory of one byte has no half; it is loaded byte by byte.
+        by_weights = -(-weights // max(weight_room // 2, 1))
+        by_inputs = -(-inputs // max(input_room // 2, 1))
         if weights + by_weights * inputs <= inputs + by_inputs * weights:
             input_loads = by_weights
         else:

@@ -184,6 +184,17 @@ def test_progress_is_told_before_each_machine() -> None:
     assert told[1][0] == "2:4 at equal multipliers"
 
 
+def test_memories_of_one_byte_have_no_half() -> None:
+    byte = 1 / 1024
+    sizes = ("activation_buffer.size_kib", "operand_store.size_kib", "output.size_kib", "weights.dense_kib")
+    fields = {"array.rows": 1, "array.columns": 1, "array.block": [1, 1], "precision.activation_bits": 2}
+    fields |= {"precision.weight_bits": 2, "operand_store.banks": 1, **dict.fromkeys(sizes, byte)}
+    machine = load_machine("msa-8x8").with_fields(fields)
+    shape = LayerShape("layer", "conv", 4, 2, (1,), (1,), (1,), ((0, 0),), (1,), groups=2, batch=2)
+    found = compare(machine, [Layer(shape, (1, 1), np.full((2, 1, 2), 2, np.uint8), None)])
+    assert {"ws", "os"} <= set(found.machines["machine"])
+
+
 @settings(deadline=None, max_examples=15)
 @given(layers_on_machines())
 def test_any_layer_on_any_machine(case: tuple[Layer, Machine]) -> None:
