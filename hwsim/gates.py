@@ -44,11 +44,14 @@ TERM_COMPONENTS = {
     "row_control.word_bits": "operand_registers",
     "row_control.row": "control",
     "row_control.window": "front_end",
+    "row_control.lanes": "control",
     "weight_feed.row": "weight_broadcast",
     "weight_feed.block_bits": "weight_broadcast",
-    "weight_feed.lane_select_bits": "weight_broadcast",
+    "weight_feed.port_shift_bits": "weight_broadcast",
     "weight_feed.sign_row": "weight_broadcast",
+    "weight_feed.sign_bits": "weight_broadcast",
     "weight_feed.sign_select_bits": "weight_broadcast",
+    "weight_feed.write_bits": "weight_broadcast",
     "multicast.pe": "multicast",
     "multicast.select_bits": "multicast",
     "arbiter.compare_bits": "arbiter",
@@ -61,6 +64,10 @@ TERM_COMPONENTS = {
     "counters.rows": "control",
     "sequencer.machine": "control",
     "loader.machine": "control",
+    "loader.rows": "control",
+    "loader.lanes": "control",
+    "loader.lane_rows": "control",
+    "channel.machine": "control",
 }
 """Every term of the model, ``part.term``, and the component of `hwsim.area` that it belongs to."""
 
@@ -89,13 +96,14 @@ def part_counts(machine: Machine) -> dict[str, int]:
         "counters": 1,
         "sequencer": 1,
         "loader": 1,
+        "channel": 1,
     }
 
 
 def part_terms(machine: Machine) -> dict[str, float]:
     """Sizes of one of each part, by the terms of `TERM_COMPONENTS`."""
     array, precision, window = machine.array, machine.precision, machine.front_end.skip_window
-    rows, banks = array.rows, machine.operand_store.banks
+    rows, banks, lanes = array.rows, machine.operand_store.banks, machine.load_bytes_per_cycle
     return {
         **_pe_terms(machine),
         "front_end.row": 1,
@@ -104,6 +112,8 @@ def part_terms(machine: Machine) -> dict[str, float]:
         "row_control.word_bits": 2 * machine.word_bits,
         "row_control.row": 1,
         "row_control.window": 0 if machine.is_dense else window,
+        # every lane of the load port writes any of the four bases of an entry of the directory, and the type memory
+        "row_control.lanes": lanes,
         **_feed_terms(machine),
         # a multiplexer of A inputs for each bit of a PE's part of the word
         "multicast.pe": int(banks > 1),
@@ -119,6 +129,10 @@ def part_terms(machine: Machine) -> dict[str, float]:
         "counters.rows": rows,
         "sequencer.machine": 1,
         "loader.machine": 1,
+        "loader.rows": rows,
+        "loader.lanes": lanes,
+        "loader.lane_rows": lanes * rows,
+        "channel.machine": 1,
     }
 
 
@@ -177,17 +191,31 @@ def _unified_cycles(machine: Machine) -> int:
     )
 
 
+def _memory_word(read_bits: int) -> int:
+    """Bits of a word of a weight memory that is read ``read_bits`` wide: a power of two, at least a byte."""
+    return max(8, 1 << log2_ceil(read_bits))
+
+
 def _feed_terms(machine: Machine) -> dict[str, float]:
-    """The weight feed of a row; hwsim/rtl/weight_feed.sv."""
+    """The weight feed of a row; hwsim/rtl/weight_feed.sv and bit_memory.sv."""
     (g_o, g_k), array, precision = machine.array.block, machine.array, machine.precision
-    n, unified = g_o * g_k, machine.features.unified_path
+    weights, n, unified = machine.weights, g_o * g_k, machine.features.unified_path
     block_bits = n * precision.weight_bits
+    dense_port = min(weights.dense_port_bits, block_bits)
+    dense_word = _memory_word(dense_port)
+    unified_ports = (min(weights.sign_port_bits, n), min(weights.sign_port_bits, precision.magnitude_bits))
+    words = [dense_word, *([_memory_word(port) for port in unified_ports] if unified else [])]
     return {
         "weight_feed.row": 1,
+        # Held, and each weight selected for the multiplier that takes it: the more multipliers, the fewer choices each.
         "weight_feed.block_bits": block_bits,
-        "weight_feed.lane_select_bits": min(array.multipliers, n) * block_bits,
+        # The dense port begins at any bit of a word.
+        "weight_feed.port_shift_bits": dense_port * log2_ceil(dense_word),
         "weight_feed.sign_row": int(unified),
+        "weight_feed.sign_bits": (n + precision.magnitude_bits) * unified,
         "weight_feed.sign_select_bits": min(array.sign_adders, n) * n * unified,
+        # Every lane of the load port puts its byte anywhere into a word that is wider than one.
+        "weight_feed.write_bits": machine.load_bytes_per_cycle * sum(word for word in words if word > 8),
     }
 
 
