@@ -160,6 +160,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
 
 _CHOSEN = {
     ("arbiter", True): tuple(name for name in FIT_MACHINES if name != "many-banks"),
+    ("pe", False): tuple(name for name in FIT_MACHINES if name != "odd"),
     ("weight_feed", False): (
         "8x8",
         "single",
@@ -173,7 +174,6 @@ _CHOSEN = {
         "column-block",
         "row-block",
     ),
-    ("pe", False): tuple(name for name in FIT_MACHINES if name != "odd"),
     ("sequencer", True): (
         "8x8",
         "msa-16x16",
@@ -185,7 +185,6 @@ _CHOSEN = {
     ),
     ("loader", True): (
         "8x8",
-        "msa-16x16",
         "single",
         "two-by-two",
         "flat",
@@ -307,7 +306,8 @@ def fit_coefficients(runs: Iterable[Run]) -> dict[str, float]:
 
 
 def _sizes(run: Run, terms: Sequence[str]) -> list[float]:
-    sizes = part_terms(fit_machine(run.machine, unified=run.unified))
+    machine = fit_machine(run.machine, unified=run.unified)
+    sizes = part_terms(machine, machine.load_bytes_per_cycle)
     return [sizes[term] for term in terms]
 
 

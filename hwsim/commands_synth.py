@@ -32,8 +32,8 @@ __all__ = ["synth"]
     "--part",
     "parts",
     multiple=True,
-    help="pe, front_end, row_control, weight_feed, multicast, arbiter, requantizer, counters, sequencer, loader, channel or array "
-    "(all of them, the default); again for more.",
+    help="pe, front_end, row_control, weight_feed, multicast, arbiter, requantizer, counters, sequencer, loader, channel "
+    "or array (all of them, the default); again for more.",
 )
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here as JSON."

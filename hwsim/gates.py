@@ -17,6 +17,7 @@ from hwsim.machine import Machine
 
 __all__ = [
     "INDEX_BITS",
+    "LOAD_LANES",
     "TERM_COMPONENTS",
     "area_model",
     "component_gates",
@@ -27,6 +28,12 @@ __all__ = [
 
 INDEX_BITS = 20
 """Bits of a block column's index: ``COLUMN_BITS`` of the RTL."""
+
+LOAD_LANES = 13
+"""Bytes a cycle of the load port that area is charged for: the presets' 12.8 GB/s at 1 GHz.
+
+The same for every clock and DRAM: a sweep over them compares channels of one design, not designs.
+"""
 
 TERM_COMPONENTS = {
     "pe.multiplier_bits2": "multipliers",
@@ -100,10 +107,10 @@ def part_counts(machine: Machine) -> dict[str, int]:
     }
 
 
-def part_terms(machine: Machine) -> dict[str, float]:
-    """Sizes of one of each part, by the terms of `TERM_COMPONENTS`."""
+def part_terms(machine: Machine, lanes: int = LOAD_LANES) -> dict[str, float]:
+    """Sizes of one of each part, by the terms of `TERM_COMPONENTS`, with a load port of ``lanes`` bytes a cycle."""
     array, precision, window = machine.array, machine.precision, machine.front_end.skip_window
-    rows, banks, lanes = array.rows, machine.operand_store.banks, machine.load_bytes_per_cycle
+    rows, banks = array.rows, machine.operand_store.banks
     return {
         **_pe_terms(machine),
         "front_end.row": 1,
@@ -114,7 +121,7 @@ def part_terms(machine: Machine) -> dict[str, float]:
         "row_control.window": 0 if machine.is_dense else window,
         # every lane of the load port writes any of the four bases of an entry of the directory, and the type memory
         "row_control.lanes": lanes,
-        **_feed_terms(machine),
+        **_feed_terms(machine, lanes),
         # a multiplexer of A inputs for each bit of a PE's part of the word
         "multicast.pe": int(banks > 1),
         "multicast.select_bits": (banks - 1) * array.block[1] * precision.activation_bits,
@@ -196,7 +203,7 @@ def _memory_word(read_bits: int) -> int:
     return max(8, 1 << log2_ceil(read_bits))
 
 
-def _feed_terms(machine: Machine) -> dict[str, float]:
+def _feed_terms(machine: Machine, lanes: int) -> dict[str, float]:
     """The weight feed of a row; hwsim/rtl/weight_feed.sv and bit_memory.sv."""
     (g_o, g_k), array, precision = machine.array.block, machine.array, machine.precision
     weights, n, unified = machine.weights, g_o * g_k, machine.features.unified_path
@@ -215,7 +222,7 @@ def _feed_terms(machine: Machine) -> dict[str, float]:
         "weight_feed.sign_bits": (n + precision.magnitude_bits) * unified,
         "weight_feed.sign_select_bits": min(array.sign_adders, n) * n * unified,
         # Every lane of the load port puts its byte anywhere into a word that is wider than one.
-        "weight_feed.write_bits": machine.load_bytes_per_cycle * sum(word for word in words if word > 8),
+        "weight_feed.write_bits": lanes * sum(word for word in words if word > 8),
     }
 
 

@@ -231,7 +231,7 @@ class Machine(_Part):
         """Whether both features are off: every block runs as DENSE and there is no type stream."""
         return not (self.features.skip_pruned or self.features.unified_path)
 
-    @cached_property
+    @property
     def load_bytes_per_cycle(self) -> int:
         """Bytes that the DRAM channel brings in a cycle, rounded up: the lanes of the load port."""
         return math.ceil(Fraction(str(self.dram.gb_per_s)) * 1000 / Fraction(str(self.clock_mhz)))
@@ -266,21 +266,15 @@ class Machine(_Part):
 
     @cached_property
     def logic_fields(self) -> tuple[Any, ...]:
-        """What logic and wires depend on: everything but name, sizes of memories and technology; of DRAM and clock the lanes."""
+        """What logic and wires depend on: everything but name, clock, DRAM, sizes of memories and the technology."""
         store, weights = self.operand_store, self.weights
         ports = (weights.dense_port_bits, weights.sign_port_bits, self.output.words_per_cycle)
         parts = (self.array, self.front_end, self.precision, self.features)
-        return (
-            *(part.identity for part in parts),
-            store.banks,
-            store.fill_words_per_cycle,
-            *ports,
-            self.load_bytes_per_cycle,
-        )
+        return (*(part.identity for part in parts), store.banks, store.fill_words_per_cycle, *ports)
 
     @cached_property
     def static_fields(self) -> tuple[Any, ...]:
-        """Everything but name and technology; of DRAM and clock the lanes of the load port."""
+        """Everything but name, clock, DRAM and the technology."""
         parts = (self.activation_buffer, self.operand_store, self.weights, self.output)
         return (*self.logic_fields, *(part.identity for part in parts))
 

@@ -298,7 +298,6 @@ def test_more_of_anything_has_more_gates(g_o, g_k, multipliers, rows, banks, bit
         ("precision.accumulator_bits", 40),
         ("output.words_per_cycle", 65),
         ("operand_store.banks", 2 * banks),
-        ("dram.gb_per_s", 25.6),
     ):
         assert sum(component_gates(machine.with_fields({field: value})).values()) >= gates, field
     without = machine.with_fields({"features.unified_path": False})
