@@ -1,6 +1,6 @@
 """The area model's coefficients from synthesis: the machines that are synthesised, the fit and its errors.
 
-``hwsim synth --fit`` runs Yosys on the parts of `FIT_MACHINES` (half an hour of one core; results are cached), writes what it
+``hwsim synth --fit`` runs Yosys on the parts of `FIT_MACHINES` (about an hour of one core; results are cached), writes what it
 found to ``synthesis_runs.json`` and the coefficients to ``area_model.json``. Both are in ``synthesis_data`` of the package; the
 tests fit the stored runs again.
 """
@@ -20,7 +20,7 @@ from hwsim.errors import InputError, Problem
 from hwsim.gates import TERM_COMPONENTS, part_counts, part_terms
 from hwsim.liberty import Library
 from hwsim.machine import Machine, load_machine
-from hwsim.synthesis import find_yosys, part_names, synthesize, yosys_version
+from hwsim.synthesis import find_yosys, part_names, rtl_digest, synthesize, yosys_version
 
 __all__ = [
     "FIT_MACHINES",
@@ -33,6 +33,7 @@ __all__ = [
     "left_out_errors",
     "load_runs",
     "model_json",
+    "rtl_of_runs",
     "runs_json",
 ]
 
@@ -42,6 +43,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
     "8x8": {},
     "msa-16x16": {"array.rows": 16, "array.columns": 16, "operand_store.banks": 16},
     "single": {
+        "dram.gb_per_s": 1.0,
         "array.block": [1, 1],
         "array.multipliers": 1,
         "array.sign_adders": 1,
@@ -51,6 +53,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "array.rows": 4,
     },
     "two-by-two": {
+        "dram.gb_per_s": 3.2,
         "array.block": [2, 2],
         "array.multipliers": 2,
         "array.sign_adders": 4,
@@ -60,6 +63,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "array.rows": 4,
     },
     "eight-by-eight": {
+        "dram.gb_per_s": 6.4,
         "array.block": [8, 8],
         "array.multipliers": 8,
         "array.sign_adders": 32,
@@ -68,15 +72,27 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "array.columns": 4,
         "front_end.skip_window": 4,
     },
-    "tall": {"array.block": [8, 2], "array.multipliers": 8, "front_end.queue_depth": 8, "array.columns": 16},
-    "flat": {"array.block": [2, 8], "front_end.queue_depth": 3, "operand_store.banks": 4},
+    "tall": {
+        "array.block": [8, 2],
+        "array.multipliers": 8,
+        "front_end.queue_depth": 8,
+        "array.columns": 16,
+        "dram.gb_per_s": 19.2,
+    },
+    "flat": {
+        "array.block": [2, 8],
+        "front_end.queue_depth": 3,
+        "operand_store.banks": 4,
+        "dram.gb_per_s": 6.4,
+    },
     "sixteen-multipliers": {
         "array.multipliers": 16,
         "weights.dense_port_bits": 128,
         "front_end.skip_window": 6,
     },
-    "four-sign-adders": {"array.sign_adders": 4, "weights.sign_port_bits": 8},
+    "four-sign-adders": {"array.sign_adders": 4, "weights.sign_port_bits": 8, "dram.gb_per_s": 3.2},
     "four-bits": {
+        "dram.gb_per_s": 3.2,
         "precision.weight_bits": 4,
         "precision.magnitude_bits": 4,
         "precision.activation_bits": 4,
@@ -84,6 +100,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "front_end.queue_depth": 6,
     },
     "sixteen-bits": {
+        "dram.gb_per_s": 19.2,
         "precision.weight_bits": 16,
         "precision.magnitude_bits": 16,
         "precision.activation_bits": 16,
@@ -92,8 +109,14 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "operand_store.banks": 4,
     },
     "long-window": {"front_end.skip_window": 16, "front_end.queue_depth": 16, "array.rows": 16},
-    "many-banks": {"operand_store.banks": 32, "front_end.skip_window": 12, "precision.accumulator_bits": 24},
+    "many-banks": {
+        "operand_store.banks": 32,
+        "front_end.skip_window": 12,
+        "precision.accumulator_bits": 24,
+        "dram.gb_per_s": 1.6,
+    },
     "four-by-eight": {
+        "dram.gb_per_s": 8.0,
         "array.block": [4, 8],
         "array.multipliers": 8,
         "array.sign_adders": 32,
@@ -105,6 +128,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "operand_store.banks": 2,
     },
     "column-block": {
+        "dram.gb_per_s": 3.2,
         "array.block": [16, 1],
         "array.multipliers": 8,
         "array.sign_adders": 8,
@@ -113,6 +137,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "operand_store.banks": 16,
     },
     "row-block": {
+        "dram.gb_per_s": 25.6,
         "array.block": [1, 16],
         "array.multipliers": 4,
         "array.sign_adders": 8,
@@ -120,6 +145,7 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
         "front_end.queue_depth": 1,
     },
     "odd": {
+        "dram.gb_per_s": 6.4,
         "array.block": [6, 4],
         "array.multipliers": 6,
         "array.sign_adders": 12,
@@ -134,21 +160,42 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
 
 _CHOSEN = {
     ("arbiter", True): tuple(name for name in FIT_MACHINES if name != "many-banks"),
-    ("weight_feed", True): (
+    ("pe", False): tuple(name for name in FIT_MACHINES if name != "odd"),
+    ("weight_feed", False): (
         "8x8",
-        "msa-16x16",
+        "single",
         "two-by-two",
         "tall",
+        "flat",
         "sixteen-multipliers",
         "four-bits",
+        "sixteen-bits",
+        "four-by-eight",
+        "column-block",
         "row-block",
     ),
-    ("weight_feed", False): ("8x8", "two-by-two", "tall"),
-    ("pe", False): tuple(name for name in FIT_MACHINES if name != "odd"),
-    ("sequencer", True): ("8x8", "msa-16x16", "row-block", "column-block"),
-    ("loader", True): ("8x8",),
+    ("sequencer", True): (
+        "8x8",
+        "msa-16x16",
+        "single",
+        "four-by-eight",
+        "column-block",
+        "row-block",
+        "odd",
+    ),
+    ("loader", True): (
+        "8x8",
+        "single",
+        "two-by-two",
+        "flat",
+        "four-sign-adders",
+        "many-banks",
+        "four-by-eight",
+    ),
+    ("channel", True): ("8x8", "msa-16x16"),  # it has no parameters
 }
-"""Of parts that take long and weigh little: the machines in which they are synthesised, with and without the unified path."""
+"""Of parts that take long, weigh little or hardly differ: the machines in which they are synthesised, with and without
+the unified path."""
 
 
 def fit_machine(name: str, *, unified: bool = True) -> Machine:
@@ -259,7 +306,8 @@ def fit_coefficients(runs: Iterable[Run]) -> dict[str, float]:
 
 
 def _sizes(run: Run, terms: Sequence[str]) -> list[float]:
-    sizes = part_terms(fit_machine(run.machine, unified=run.unified))
+    machine = fit_machine(run.machine, unified=run.unified)
+    sizes = part_terms(machine, machine.load_bytes_per_cycle)
     return [sizes[term] for term in terms]
 
 
@@ -296,8 +344,7 @@ def left_out_errors(runs: Iterable[Run]) -> FitErrors:
     whole: dict[str, float] = {}
     for name in dict.fromkeys(run.machine for run in runs):
         others = [run for run in runs if run.machine != name]
-        seen = {run.part for run in others}  # the loader was run on one machine only
-        chosen = [run for run in runs if run.machine == name and run.part in seen]
+        chosen = [run for run in runs if run.machine == name]
         errors = fit_errors(chosen, fit_coefficients(others))
         whole |= errors.whole
         for part, values in errors.by_part.items():
@@ -305,7 +352,7 @@ def left_out_errors(runs: Iterable[Run]) -> FitErrors:
     return FitErrors({part: np.array(values) for part, values in by_part.items()}, whole)
 
 
-def runs_json(runs: Iterable[Run], library: Library) -> str:
+def runs_json(runs: Sequence[Run], library: Library) -> str:
     """The runs with what made them: ``synthesis_runs.json``."""
     head = {
         "format": "hwsim-synthesis-runs",
@@ -313,6 +360,7 @@ def runs_json(runs: Iterable[Run], library: Library) -> str:
         "command": "hwsim synth --fit",
         "yosys": yosys_version(find_yosys()),
         "liberty": {"name": library.name, "sha256": library.sha256, "nand2_um2": library.nand2_um2},
+        "rtl": {part: rtl_digest(part) for part in dict.fromkeys(run.part for run in runs)},
         "machines": {name: fit_machine(name).model_dump(mode="json") for name in FIT_MACHINES},
         "columns": list(Run.__dataclass_fields__),
     }
@@ -322,8 +370,17 @@ def runs_json(runs: Iterable[Run], library: Library) -> str:
 
 def load_runs() -> list[Run]:
     """The stored runs."""
+    return [Run(*line) for line in _stored()["runs"]]
+
+
+def rtl_of_runs() -> dict[str, str]:
+    """`hwsim.synthesis.rtl_digest` of each part, as it was when the stored runs were made."""
+    return _stored()["rtl"]
+
+
+def _stored() -> dict[str, Any]:
     file = resources.files("hwsim").joinpath("synthesis_data", "synthesis_runs.json")
-    return [Run(*line) for line in json.loads(file.read_text("utf-8"))["runs"]]
+    return json.loads(file.read_text("utf-8"))
 
 
 def model_json(runs: Sequence[Run], library: Library) -> str:

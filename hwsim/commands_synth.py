@@ -32,8 +32,8 @@ __all__ = ["synth"]
     "--part",
     "parts",
     multiple=True,
-    help="pe, front_end, row_control, weight_feed, multicast, arbiter, requantizer, counters, sequencer, loader or array "
-    "(all of them, the default); again for more.",
+    help="pe, front_end, row_control, weight_feed, multicast, arbiter, requantizer, counters, sequencer, loader, channel "
+    "or array (all of them, the default); again for more.",
 )
 @click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the result here as JSON."
@@ -44,7 +44,7 @@ __all__ = ["synth"]
 @click.option(
     "--fit",
     is_flag=True,
-    help="Instead: synthesise the machines of the area model and fit it anew (half an hour).",
+    help="Instead: synthesise the machines of the area model and fit it anew (an hour).",
 )
 @click.option(
     "--fit-folder",

@@ -17,6 +17,7 @@ from hwsim.machine import Machine
 
 __all__ = [
     "INDEX_BITS",
+    "LOAD_LANES",
     "TERM_COMPONENTS",
     "area_model",
     "component_gates",
@@ -27,6 +28,12 @@ __all__ = [
 
 INDEX_BITS = 20
 """Bits of a block column's index: ``COLUMN_BITS`` of the RTL."""
+
+LOAD_LANES = 13
+"""Bytes a cycle of the load port that area is charged for: the presets' 12.8 GB/s at 1 GHz.
+
+The same for every clock and DRAM: a sweep over them compares channels of one design, not designs.
+"""
 
 TERM_COMPONENTS = {
     "pe.multiplier_bits2": "multipliers",
@@ -44,11 +51,14 @@ TERM_COMPONENTS = {
     "row_control.word_bits": "operand_registers",
     "row_control.row": "control",
     "row_control.window": "front_end",
+    "row_control.lanes": "control",
     "weight_feed.row": "weight_broadcast",
     "weight_feed.block_bits": "weight_broadcast",
-    "weight_feed.lane_select_bits": "weight_broadcast",
+    "weight_feed.port_shift_bits": "weight_broadcast",
     "weight_feed.sign_row": "weight_broadcast",
+    "weight_feed.sign_bits": "weight_broadcast",
     "weight_feed.sign_select_bits": "weight_broadcast",
+    "weight_feed.write_bits": "weight_broadcast",
     "multicast.pe": "multicast",
     "multicast.select_bits": "multicast",
     "arbiter.compare_bits": "arbiter",
@@ -61,6 +71,10 @@ TERM_COMPONENTS = {
     "counters.rows": "control",
     "sequencer.machine": "control",
     "loader.machine": "control",
+    "loader.rows": "control",
+    "loader.lanes": "control",
+    "loader.lane_rows": "control",
+    "channel.machine": "control",
 }
 """Every term of the model, ``part.term``, and the component of `hwsim.area` that it belongs to."""
 
@@ -89,11 +103,12 @@ def part_counts(machine: Machine) -> dict[str, int]:
         "counters": 1,
         "sequencer": 1,
         "loader": 1,
+        "channel": 1,
     }
 
 
-def part_terms(machine: Machine) -> dict[str, float]:
-    """Sizes of one of each part, by the terms of `TERM_COMPONENTS`."""
+def part_terms(machine: Machine, lanes: int = LOAD_LANES) -> dict[str, float]:
+    """Sizes of one of each part, by the terms of `TERM_COMPONENTS`, with a load port of ``lanes`` bytes a cycle."""
     array, precision, window = machine.array, machine.precision, machine.front_end.skip_window
     rows, banks = array.rows, machine.operand_store.banks
     return {
@@ -104,7 +119,9 @@ def part_terms(machine: Machine) -> dict[str, float]:
         "row_control.word_bits": 2 * machine.word_bits,
         "row_control.row": 1,
         "row_control.window": 0 if machine.is_dense else window,
-        **_feed_terms(machine),
+        # every lane of the load port writes any of the four bases of an entry of the directory, and the type memory
+        "row_control.lanes": lanes,
+        **_feed_terms(machine, lanes),
         # a multiplexer of A inputs for each bit of a PE's part of the word
         "multicast.pe": int(banks > 1),
         "multicast.select_bits": (banks - 1) * array.block[1] * precision.activation_bits,
@@ -119,6 +136,10 @@ def part_terms(machine: Machine) -> dict[str, float]:
         "counters.rows": rows,
         "sequencer.machine": 1,
         "loader.machine": 1,
+        "loader.rows": rows,
+        "loader.lanes": lanes,
+        "loader.lane_rows": lanes * rows,
+        "channel.machine": 1,
     }
 
 
@@ -177,17 +198,31 @@ def _unified_cycles(machine: Machine) -> int:
     )
 
 
-def _feed_terms(machine: Machine) -> dict[str, float]:
-    """The weight feed of a row; hwsim/rtl/weight_feed.sv."""
+def _memory_word(read_bits: int) -> int:
+    """Bits of a word of a weight memory that is read ``read_bits`` wide: a power of two, at least a byte."""
+    return max(8, 1 << log2_ceil(read_bits))
+
+
+def _feed_terms(machine: Machine, lanes: int) -> dict[str, float]:
+    """The weight feed of a row; hwsim/rtl/weight_feed.sv and bit_memory.sv."""
     (g_o, g_k), array, precision = machine.array.block, machine.array, machine.precision
-    n, unified = g_o * g_k, machine.features.unified_path
+    weights, n, unified = machine.weights, g_o * g_k, machine.features.unified_path
     block_bits = n * precision.weight_bits
+    dense_port = min(weights.dense_port_bits, block_bits)
+    dense_word = _memory_word(dense_port)
+    unified_ports = (min(weights.sign_port_bits, n), min(weights.sign_port_bits, precision.magnitude_bits))
+    words = [dense_word, *([_memory_word(port) for port in unified_ports] if unified else [])]
     return {
         "weight_feed.row": 1,
+        # Held, and each weight selected for the multiplier that takes it: the more multipliers, the fewer choices each.
         "weight_feed.block_bits": block_bits,
-        "weight_feed.lane_select_bits": min(array.multipliers, n) * block_bits,
+        # The dense port begins at any bit of a word.
+        "weight_feed.port_shift_bits": dense_port * log2_ceil(dense_word),
         "weight_feed.sign_row": int(unified),
+        "weight_feed.sign_bits": (n + precision.magnitude_bits) * unified,
         "weight_feed.sign_select_bits": min(array.sign_adders, n) * n * unified,
+        # Every lane of the load port puts its byte anywhere into a word that is wider than one.
+        "weight_feed.write_bits": lanes * sum(word for word in words if word > 8),
     }
 
 

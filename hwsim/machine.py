@@ -7,6 +7,7 @@ that converts units. Every problem of a file is reported at once, with the neare
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from fractions import Fraction
@@ -229,6 +230,11 @@ class Machine(_Part):
     def is_dense(self) -> bool:
         """Whether both features are off: every block runs as DENSE and there is no type stream."""
         return not (self.features.skip_pruned or self.features.unified_path)
+
+    @property
+    def load_bytes_per_cycle(self) -> int:
+        """Bytes that the DRAM channel brings in a cycle, rounded up: the lanes of the load port."""
+        return math.ceil(Fraction(str(self.dram.gb_per_s)) * 1000 / Fraction(str(self.clock_mhz)))
 
     def with_fields(self, changes: dict[str, Any]) -> Machine:
         """A copy with some fields changed; names are dotted (``"array.rows"``).

@@ -17,7 +17,6 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -149,7 +148,7 @@ def rtl_parameters(machine: Machine) -> dict[str, int]:
             ),
         )
     lowered = lower_machine(machine)
-    load_bytes = math.ceil(Fraction(lowered.channel.dram_bytes, lowered.channel.dram_cycles))
+    load_bytes = machine.load_bytes_per_cycle
     if load_bytes > MAX_LOAD_BYTES:
         raise InputError(
             f"machine {machine.name}",

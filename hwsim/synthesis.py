@@ -41,6 +41,7 @@ __all__ = [
     "find_yosys",
     "part_names",
     "result_json",
+    "rtl_digest",
     "synthesize",
     "synthesize_machine",
     "yosys_version",
@@ -113,6 +114,7 @@ class _Part:
     count: Callable[[Machine], int]
     stubs: tuple[str, ...] = ()  # modules that are parts of their own
     memories: bool = False  # whether its arrays are memories rather than registers
+    share: bool = True  # whether Yosys looks for adders and memory ports that are never used at once
     dense_inputs: tuple[str, ...] = ()  # without the unified path: inputs that are 1 …
     unified_outputs: tuple[str, ...] = ()  # … and outputs that nobody reads
     text: str = ""
@@ -141,7 +143,8 @@ PARTS: dict[str, _Part] = {
     "requantizer": _Part("requantizer", ("requantizer.sv",), lambda m: m.output.words_per_cycle),
     "counters": _Part("counters", ("counters.sv",), lambda m: 1),
     "sequencer": _Part("sequencer", ("sequencer.sv",), lambda m: 1, memories=True),
-    "loader": _Part("loader", ("loader.sv",), lambda m: 1, memories=True),
+    "loader": _Part("loader", ("loader.sv",), lambda m: 1, memories=True, share=False),
+    "channel": _Part("channel", ("channel.sv",), lambda m: 1),
 }
 """The parts that are synthesised, in the order in which they are reported; ``array`` is all of them.
 
@@ -168,9 +171,13 @@ def _parameters(part: _Part, machine: Machine) -> dict[str, int]:
         "BANK_BITS": max(1, log2_ceil(machine.operand_store.banks)),
         "COLUMN_BITS": INDEX_BITS,
         "BITS": g_k * precision.activation_bits,
+        "LANES": known["LOAD_BYTES"],
+        "CHANNEL_LANES": -(-known["LOAD_BYTES"] // 7),  # a channel's parameters are seven bytes
     }
     if machine.features.unified_path:
         known["FACTOR_BITS"] = max(precision.weight_bits, precision.magnitude_bits + 1)
+    if part.module == "array_row":  # its directory has entries for both halves of the weight memories
+        known |= {"MAX_TILES": 2 * known["MAX_TILES"], "TILE_BITS": known["TILE_BITS"] + 1}
     declared = re.findall(r"parameter\s+\w+\s+(\w+)", _texts(part)[0].split("\n);")[0])
     return {name: known[name] for name in declared if name in known}
 
@@ -218,7 +225,7 @@ def synthesize(
 ) -> PartArea:
     """Synthesise one part of a machine, or take it from the cache.
 
-    The cache is keyed by the sources, the parameters, the script, the library's hash and Yosys's version.
+    The cache is keyed by `rtl_digest`, the parameters, the script, the library's hash and Yosys's version.
 
     Parameters
     ----------
@@ -245,7 +252,7 @@ def synthesize(
     parameters = _parameters(part, machine)
     script = _script(part, parameters, machine)
     digest = hashlib.sha256(
-        json.dumps([yosys_version(yosys), library.sha256, script, _ABC_SCRIPT, _texts(part)]).encode()
+        json.dumps([yosys_version(yosys), library.sha256, script, _ABC_SCRIPT, rtl_digest(name)]).encode()
     )
     cached = (cache_folder or _cache_folder()) / f"{digest.hexdigest()[:32]}.json"
     if cached.exists():
@@ -298,6 +305,26 @@ def _texts(part: _Part) -> list[str]:
     return [*texts, *stubs, *([part.text] if part.text else [])]
 
 
+def rtl_digest(name: str) -> str:
+    """Of a part's sources, without what makes no circuit: comments, blanks and the planted faults of ``MUTANT``."""
+    circuit = [" ".join(_without_faults(re.sub(r"//.*", "", text)).split()) for text in _texts(PARTS[name])]
+    return hashlib.sha256("\n".join(circuit).encode()).hexdigest()
+
+
+def _without_faults(text: str) -> str:
+    """The text without its uses of the macro ``MUTANT``, whose argument may hold parentheses, and their include."""
+    before, *rest = text.replace('`include "mutants.svh"', "").split("`MUTANT(")
+    kept = [before]
+    for piece in rest:
+        depth = 1
+        for end, letter in enumerate(piece):
+            depth += (letter == "(") - (letter == ")")
+            if depth == 0:
+                kept.append(piece[end + 1 :])
+                break
+    return "".join(kept)
+
+
 def _rtl_text(name: str) -> str:
     return resources.files("hwsim").joinpath("rtl", name).read_text("utf-8")
 
@@ -320,7 +347,7 @@ def _script(part: _Part, parameters: dict[str, int], machine: Machine) -> str:
         dense = f"proc\nflatten\nselect A:top\ndelete -port {ports}\n{sets}select -clear\n"
     return (
         f"read_verilog -sv design.sv\nhierarchy -check -top {top} {chosen}\n{dense}"
-        f"synth -flatten -run begin:fine\nopt -fast -full\n{registers}opt -undriven -fine\n"
+        f"synth -flatten{'' if part.share else ' -noshare'} -run begin:fine\nopt -fast -full\n{registers}opt -undriven -fine\n"
         "techmap\nopt -fast\nabc -fast\nopt -fast\n"
         "dfflibmap -liberty cells.lib\nabc -liberty cells.lib -script abc.script\nopt_clean\nwrite_json netlist.json\n"
     )
