@@ -12,8 +12,8 @@ ASSUMPTIONS = "\n".join(
         "Pooling, residual additions and other element-wise work run outside the array and cost nothing here.",
         "Layers run one after the other; activations go to DRAM and back between them, in the order of their reader.",
         "Padded positions of ragged blocks cost time and storage like real ones; columns without an output are gated.",
-        "Energy and area come from published tables (CACTI 7, Horowitz 2014, Aladdin), not from a layout: "
-        "trust ratios before absolute values.",
+        "Energy and memory areas come from published tables (CACTI 7, Horowitz 2014, Aladdin), logic area from synthesis "
+        "of the RTL, neither from a layout: trust ratios before absolute values.",
         "The dense machine of the same area has no sign adders, front end, type, sign and magnitude memories, "
         "and one operand bank.",
         "docs/assumptions.md of hwsim has all of it, with sources.",
