@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.blocks import weight_to_matrix
-from compress.projection import DIVERGED_HINT, Projection, block_costs, fill_blocks, project_to_counts
 from compress.parallel import unwrapped
+from compress.projection import DIVERGED_HINT, Projection, block_costs, fill_blocks, project_to_counts
 from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.layer import DENSE
@@ -69,7 +69,9 @@ class UpdateResiduals(Sequence[Residual]):
     projection has said so already.
     """
 
-    def __init__(self, update: int, layers: Sequence[PlannedLayer], rhos: Sequence[float], numbers: Tensor) -> None:
+    def __init__(
+        self, update: int, layers: Sequence[PlannedLayer], rhos: Sequence[float], numbers: Tensor
+    ) -> None:
         self._update = update
         self._layers = layers
         self._rhos = rhos
@@ -469,9 +471,7 @@ def project_to_types(layer: PlannedLayer, types: Tensor) -> None:
     matrix = weight_to_matrix(weight, layer.groups, settings.column_order)
     magnitude = block_costs(matrix, settings.block).magnitude
     types = types.to(weight.device)
-    weight.copy_(
-        fill_blocks(weight, types, magnitude, settings.block, layer.groups, settings.column_order)
-    )
+    weight.copy_(fill_blocks(weight, types, magnitude, settings.block, layer.groups, settings.column_order))
 
 
 def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: float) -> _State:

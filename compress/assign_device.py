@@ -113,7 +113,9 @@ def _assign_exactly(prune: Tensor, unify: Tensor, pruned: int, unified: int) -> 
         fewest = _count(chosen & (prefers < 0)) + (from_ties - _count(tied & (prefers >= 0))).clamp(min=0)
         low = torch.where(fewest <= pruned, d, low)
         high = torch.where(most >= pruned, d, high)
-    return _settle(*_face(prune, unify, torch.div(low + high, 2, rounding_mode="floor"), total), pruned, unified)
+    return _settle(
+        *_face(prune, unify, torch.div(low + high, 2, rounding_mode="floor"), total), pruned, unified
+    )
 
 
 def _face(prune: Tensor, unify: Tensor, d: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +136,9 @@ def _settle(
     only_pruned, either, only_unified = (tied & (prefers == p) for p in (-1, 0, 1))
     from_ties = pruned + unified - _count(chosen)
     # Of the blocks taken from the ties as few are pruned as the counts allow; the free ones supply the rest.
-    tied_pruned = torch.maximum(from_ties - _count(either | only_unified), need_pruned - _count(free)).clamp(min=0)
+    tied_pruned = torch.maximum(from_ties - _count(either | only_unified), need_pruned - _count(free)).clamp(
+        min=0
+    )
     tied_unified = from_ties - tied_pruned
     either_pruned = (tied_pruned - _count(only_pruned)).clamp(min=0)
     either_unified = (tied_unified - _count(only_unified)).clamp(min=0)

@@ -21,6 +21,9 @@ from hwsim.errors import InputError, Problem, nearest_name
 
 __all__ = ["Ranks", "choose_device", "from_main", "gathered", "processes", "ranks", "same_start", "unwrapped"]
 
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Between the seeds of two processes: far from the seeds that people count up."""
+
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What `torchrun` sets. Source: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables"""
 
@@ -43,6 +46,10 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this is the process that writes and reports."""
         return self.rank == 0
+
+    def seed(self, seed: int) -> int:
+        """The seed of this process's dropout: that of the run at rank 0."""
+        return (seed + _SEED_STRIDE * self.rank) % (1 << 63) if self.rank else seed
 
     def share(self, rows: Tensor) -> tuple[Tensor, float]:
         """This process's rows of a batch, and the weight of their mean loss in the average over the processes.
@@ -110,7 +117,11 @@ def _missing(index: int, gpus: int) -> str:
 
 
 def _missing_hint(gpus: int) -> str:
-    return f"start at most {gpus} processes per machine" if gpus else "--device cpu, or a torch and a driver with CUDA"
+    return (
+        f"start at most {gpus} processes per machine"
+        if gpus
+        else "--device cpu, or a torch and a driver with CUDA"
+    )
 
 
 @contextmanager
@@ -143,10 +154,9 @@ def from_main(tensors: list[Tensor]) -> None:
         return
     with torch.no_grad():
         for tensor in tensors:
-            whole = tensor.detach().contiguous()
+            whole = tensor.detach().to(_meeting_place(tensor)).contiguous()
             dist.broadcast(whole, src=0)
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.copy_(whole)
+            tensor.copy_(whole)
 
 
 def same_start(model: nn.Module) -> None:
@@ -155,12 +165,18 @@ def same_start(model: nn.Module) -> None:
 
 
 def gathered(values: Tensor) -> list[Tensor]:
-    """The tensors of all processes by rank, of one shape and dtype; on the CPU or, between GPUs, through this process's."""
+    """The tensors of all processes by rank, of one shape and dtype, where this one lies."""
     here = ranks()
     if here.size == 1:
         return [values]
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else values.device
-    own = values.to(device)
+    own = values.to(_meeting_place(values))
     parts = [torch.empty_like(own) for _ in range(here.size)]
     dist.all_gather(parts, own)
     return [part.to(values.device) for part in parts]
+
+
+def _meeting_place(tensor: Tensor) -> torch.device:
+    """NCCL takes nothing but tensors on the GPU."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
+    )
