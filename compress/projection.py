@@ -95,6 +95,11 @@ class Projection:
         return float(self.distance)
 
 
+def _is_host(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
+
+
 class _Rows(NamedTuple):
     """The matrices of a weight a few rows at a time; all of a convolution's at once would be a copy of it.
 
@@ -124,7 +129,7 @@ class _Rows(NamedTuple):
     def chunks(self, g_o: int) -> list[slice]:
         """Block rows that are looked at together."""
         groups, m, k = self.size
-        entries = _CHUNK_ENTRIES if self.weight.device.type == "cpu" else _DEVICE_CHUNK_ENTRIES
+        entries = _CHUNK_ENTRIES if _is_host(self.weight) else _DEVICE_CHUNK_ENTRIES
         rows = max(1, entries // (groups * k * g_o)) * g_o
         return [slice(start, start + rows) for start in range(0, m, rows)]
 
@@ -564,7 +569,7 @@ def project_to_counts(
     [[[1, 0], [1, 0]]]
     """
     _block_count(weight, block, groups, name)
-    if weight.device.type != "cpu":
+    if not _is_host(weight):
         costs, distance_scale = _device_costs(weight, block, groups, column_order, curvature)
         types, distance = assign_on_device(
             costs.prune, costs.unify, pruned_blocks, unified_blocks, method, balanced_rows
@@ -683,7 +688,7 @@ def fill_blocks(
     source, target = (_Rows.of(part, groups, column_order) for part in (weight, filled))
     k, shared, dense = source.size[2], magnitude * (types == UNIFIED), types == DENSE
     # On an accelerator a look would wait for it; the result is the same.
-    any_dense = weight.device.type != "cpu" or bool(dense.any())
+    any_dense = not _is_host(weight) or bool(dense.any())
     for rows in source.chunks(block[0]):
         block_rows = slice(rows.start // block[0], -(-rows.stop // block[0]))
         chunk = source.read(rows)

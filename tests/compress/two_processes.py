@@ -49,6 +49,7 @@ class Unused(nn.Module):
         self.body, self.head = network(), nn.Linear(6, 6)
         self.scale = nn.Parameter(torch.ones(3))
         nn.init.eye_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, x):
         return self.body(x)

@@ -1,0 +1,64 @@
+"""What projecting a large network takes, in a process of its own: never a second copy of the matrices beside the result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import gc, json, resource, sys
+import torch
+from compress.projection import project
+
+torch.set_num_threads(1)
+shapes, block, groups, order = json.loads(sys.argv[1])
+
+def peak_bytes():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+project(torch.randn(512, 512), tuple(block), 0.3, 0.4)  # what is imported and compiled on first use
+generator = torch.Generator().manual_seed(0)
+weights = [torch.empty(shape).normal_(generator=generator) for shape in shapes]
+size_bytes = sum(4 * weight.numel() for weight in weights)
+before = peak_bytes()
+projected = [
+    project(weight, tuple(block), 0.3, 0.4, groups=groups, column_order=order).weight for weight in weights
+]
+print(json.dumps({"above": (peak_bytes() - before) / size_bytes, "weights": size_bytes // 4}))
+"""
+
+
+def memory_above(shapes, block, groups=1, order="tap_major"):
+    """Peak of resident memory above that with the weights alone, in sizes of the weights; the projected weights count."""
+    found = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([shapes, block, groups, order])],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    return json.loads(found.stdout)["above"]
+
+
+def test_a_convolution_is_not_copied_whole():
+    """9.4 M weights: the result, a number per block, and chunks. Two more copies, as it once was, would be 3 and more."""
+    assert 1 <= memory_above([[1024, 1024, 3, 3]], [4, 4]) < 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shapes", "block"),
+    [
+        ([[10_000, 10_000]], [4, 4]),
+        ([[3334, 3334, 3, 3]], [4, 4]),
+        ([[10_000, 10_000]], [8, 8]),
+        ([[3162, 3162]] * 10, [1, 4]),
+    ],
+    ids=["one linear layer", "one convolution", "8x8", "ten layers of 1x4"],
+)
+def test_100_million_weights_take_at_most_twice_their_memory(shapes, block):
+    assert memory_above(shapes, block) < 2
