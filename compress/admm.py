@@ -230,7 +230,11 @@ class ADMM:
         return [residual for update in self._history for residual in update]
 
     def penalty(self) -> Tensor:
-        """``Σ_l ρ_l/2 · ‖W_l − Z_l + U_l‖²``, a scalar to add to the loss; differentiable once."""
+        """``Σ_l ρ_l/2 · ‖W_l − Z_l + U_l‖²``, a scalar to add to the loss; differentiable once.
+
+        Once per step of the optimizer: with accumulated gradients in one of the parts. Among processes whose gradients are
+        averaged each adds all of it (the average of equal gradients is that gradient).
+        """
         if not self._states:
             return torch.zeros(())
         penalty: Tensor = _Penalty.apply(self._states, *(state.weight for state in self._states))

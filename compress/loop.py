@@ -28,7 +28,7 @@ _LOSSES_READ_TOGETHER = 50
 """Steps between two looks at the losses on an accelerator or among processes: each look waits for them."""
 
 
-_NO_BUFFERS = {
+_NO_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
     else "broadcast_buffers": False

@@ -170,7 +170,9 @@ def test_the_guard_sees_a_read():
 )
 def test_on_the_meta_device_there_is_nothing_to_read(changes, with_curvature, monkeypatch):
     """Not one value exists there: reading any, or moving it to the CPU, is an error of torch."""
-    monkeypatch.setattr(assign_device, "_BISECTIONS", 2)  # each is the same; torch is slow at working out shapes
+    monkeypatch.setattr(
+        assign_device, "_BISECTIONS", 2
+    )  # each is the same; torch is slow at working out shapes
     model = network().to("meta")
     h = {"3": torch.ones(5, 24, device="meta")} if with_curvature else {}
     admm = ADMM(model, CONFIG.model_copy(update=changes), curvature=h)

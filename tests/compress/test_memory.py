@@ -45,8 +45,8 @@ def memory_above(shapes, block, groups=1, order="tap_major"):
 
 
 def test_a_convolution_is_not_copied_whole():
-    """9.4 M weights: the result, a number per block, and chunks. Two more copies, as it once was, would be 3 and more."""
-    assert 1 <= memory_above([[1024, 1024, 3, 3]], [4, 4]) < 2
+    """19 M weights: the result, a few numbers per block, and chunks: 1.7. With the whole matrix copied it is 3.9."""
+    assert 1 <= memory_above([[2048, 1024, 3, 3]], [4, 4]) < 2.3
 
 
 @pytest.mark.slow
