@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.blocks import weight_to_matrix
-from compress.parallel import unwrapped
+from compress.parallel import ranks, unwrapped
 from compress.projection import DIVERGED_HINT, Projection, block_costs, fill_blocks, project_to_counts
 from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
@@ -353,7 +353,7 @@ class ADMM:
         InputError
             NaN or infinite weights.
         """
-        for line in self.warnings():
+        for line in self.warnings() if ranks().is_main else ():
             _log.warning("%s", line)
         types = {
             layer.name: torch.full(layer.types_shape, DENSE, dtype=torch.uint8) for layer in self.plan.layers
