@@ -152,7 +152,6 @@ def test_options_win_over_the_file(tmp_path: Path, dense: Path) -> None:
         (["--weight-bits", "9"], "weight_bits"),
         (["--epochs-admm", "-1"], "epochs_admm"),
         (["--accumulation", "0"], "accumulation"),
-        (["--precision", "fp16"], "'fp16' is not one of 'fp32', 'bf16'"),
         (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["--activation-bits", "1"], "activation_bits: 1, must lie in 2 to 16"),
         (["--calibration-images", "0"], "calibration_images: 0, must be at least 1"),
