@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from compress.blocks import matrix_to_weight, weight_to_matrix
-from compress.projection import Projection, block_costs, block_values, project_to_counts
+from compress.blocks import weight_to_matrix
+from compress.parallel import ranks, unwrapped
+from compress.projection import DIVERGED_HINT, Projection, block_costs, fill_blocks, project_to_counts
 from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.layer import DENSE
 
-__all__ = ["ADMM", "Residual", "project_layer", "project_to_types", "ramp_share"]
+__all__ = ["ADMM", "Residual", "UpdateResiduals", "project_layer", "project_to_types", "ramp_share"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +60,49 @@ class Residual:
     dual: float
     type_changes: float
     sign_flips: float
+
+
+class UpdateResiduals(Sequence[Residual]):
+    """The residuals of one update, one per layer; on an accelerator they are read when somebody looks, and not before.
+
+    Reading raises `InputError` where the weights of a layer had become NaN or infinite on an accelerator; on the CPU the
+    projection has said so already.
+    """
+
+    def __init__(
+        self, update: int, layers: Sequence[PlannedLayer], rhos: Sequence[float], numbers: Tensor
+    ) -> None:
+        self._update = update
+        self._layers = layers
+        self._rhos = rhos
+        self._numbers = numbers
+
+    @cached_property
+    def _values(self) -> list[Residual]:
+        rows = self._numbers.tolist()
+        problems = [
+            Problem(layer.name, f"weights were NaN or infinite at update {self._update}", DIVERGED_HINT)
+            for layer, row in zip(self._layers, rows, strict=True)
+            if not all(map(math.isfinite, row))
+        ]
+        if problems:
+            raise InputError("ADMM", problems)
+        return [
+            Residual(layer.name, self._update, rho, *row)
+            for layer, rho, row in zip(self._layers, self._rhos, rows, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @overload
+    def __getitem__(self, index: int) -> Residual: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Residual]: ...
+
+    def __getitem__(self, index: int | slice) -> Residual | list[Residual]:
+        return self._values[index]
 
 
 @dataclass(eq=False)
@@ -93,8 +138,9 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        factor = float(grad_output)
-        return None, *(g * (factor * rho) for g, rho in zip(ctx.saved_tensors, ctx.rhos, strict=True))
+        # In float64 up to the last product, and never as a number of the host, which would wait for the device.
+        factors = [(grad_output.double() * rho).to(grad_output.dtype) for rho in ctx.rhos]
+        return None, *(g * factor for g, factor in zip(ctx.saved_tensors, factors, strict=True))
 
 
 class ADMM:
@@ -121,7 +167,7 @@ class ADMM:
     model : nn.Module
     plan : Plan
     residuals : list of Residual
-        One per layer and update.
+        One per layer and update; looking at it reads what an accelerator still holds.
     updates : int
 
     Raises
@@ -156,7 +202,8 @@ class ADMM:
         ramp_updates: int = 0,
         curvature: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.model = model
+        # The names of a network wrapped by DistributedDataParallel are those of what it wraps.
+        self.model = model = unwrapped(model)
         self.plan = config if isinstance(config, Plan) else plan_layers(model, config)
         compressed = [layer for layer in self.plan.layers if sum(layer.counts)]
         rhos = dict(rho) if isinstance(rho, Mapping) else {layer.name: float(rho) for layer in compressed}
@@ -166,7 +213,7 @@ class ADMM:
         self.rho_max = rho_max
         self.ramp_updates = ramp_updates
         self.updates = 0
-        self.residuals: list[Residual] = []
+        self._history: list[Sequence[Residual]] = []
         self._states = [
             _start(layer, rhos[layer.name], curvature.get(layer.name), ramp_share(0, ramp_updates))
             for layer in compressed
@@ -177,57 +224,75 @@ class ADMM:
         """The penalty in force, by layer."""
         return {state.layer.name: state.rho for state in self._states}
 
+    @property
+    def residuals(self) -> list[Residual]:
+        """All residuals so far."""
+        return [residual for update in self._history for residual in update]
+
     def penalty(self) -> Tensor:
-        """``Σ_l ρ_l/2 · ‖W_l − Z_l + U_l‖²``, a scalar to add to the loss; differentiable once."""
+        """``Σ_l ρ_l/2 · ‖W_l − Z_l + U_l‖²``, a scalar to add to the loss; differentiable once.
+
+        Once per step of the optimizer: with accumulated gradients in one of the parts. Among processes whose gradients are
+        averaged each adds all of it (the average of equal gradients is that gradient).
+        """
         if not self._states:
             return torch.zeros(())
         penalty: Tensor = _Penalty.apply(self._states, *(state.weight for state in self._states))
         return penalty
 
     @torch.no_grad()
-    def step(self) -> list[Residual]:
+    def step(self) -> UpdateResiduals:
         """The dual update, called every epoch or every few thousand steps; restart the learning rate with it.
+
+        Among several processes each calls it: from equal weights all make the same update, without communication.
 
         Returns
         -------
-        list of Residual
-            Of this update, one per layer; also appended to ``residuals``.
+        sequence of Residual
+            Of this update, one per layer; also appended to ``residuals``. On an accelerator nothing is read, and nobody
+            waits, until it is looked at.
 
         Raises
         ------
         InputError
-            Weights have become NaN or infinite.
+            Weights have become NaN or infinite; on an accelerator when the residuals are read.
         """
         self.updates += 1
-        latest = [self._update(state) for state in self._states]
-        self.residuals += latest
-        for line in latest:
-            _log.debug("%s", line)
+        rhos = [state.rho for state in self._states]
+        numbers = [self._update(state) for state in self._states]
+        latest = UpdateResiduals(
+            self.updates,
+            [state.layer for state in self._states],
+            rhos,
+            torch.stack(numbers) if numbers else torch.zeros(0, 4),
+        )
+        self._history.append(latest)
+        if _log.isEnabledFor(logging.DEBUG):
+            for line in latest:
+                _log.debug("%s", line)
         return latest
 
-    def _update(self, state: _State) -> Residual:
+    def _update(self, state: _State) -> Tensor:
+        """Float64 ``[4]``: primal, dual, type changes and sign flips, left on the device."""
         # One layout in memory for all ADMM variables, whatever the weight's: a resumed run adds in the same order.
         weight = state.weight.detach().contiguous()
         share = ramp_share(self.updates, self.ramp_updates)
         projection = project_layer(state.layer, weight + state.dual, state.curvature, share)
-        size = max(float(torch.linalg.vector_norm(weight)), torch.finfo(weight.dtype).tiny)
-        moved = float(torch.linalg.vector_norm(projection.weight - state.target))
-        gap = weight - projection.weight
-        residual = Residual(
-            layer=state.layer.name,
-            update=self.updates,
-            rho=state.rho,
-            primal=float(torch.linalg.vector_norm(gap)) / size,
-            dual=state.rho * moved / size,
-            type_changes=float((projection.types != state.types).float().mean()),
-            sign_flips=float((projection.weight * state.target < 0).float().mean()),
-        )
+        target = projection.weight
+        size = torch.linalg.vector_norm(weight).clamp_(min=torch.finfo(weight.dtype).tiny).double()
+        scratch = torch.sub(target, state.target)
+        moved = torch.linalg.vector_norm(scratch).double()
+        flips = (torch.mul(target, state.target, out=scratch) < 0).float().mean().double()
+        changes = (projection.types != state.types).float().mean().double()
+        gap = torch.sub(weight, target, out=scratch)
+        primal = torch.linalg.vector_norm(gap).double() / size
+        numbers = torch.stack([primal, state.rho * moved / size, changes, flips])
         rho = max(state.rho, min(state.rho * self.rho_growth, self.rho_max))
-        state.target, state.types = projection.weight, projection.types
-        state.dual = (state.dual + gap) * (state.rho / rho)
+        state.target, state.types = target, projection.types
+        state.dual.add_(gap).mul_(state.rho / rho)
         state.rho = rho
-        state.pull = state.target - state.dual
-        return residual
+        torch.sub(state.target, state.dual, out=state.pull)
+        return numbers
 
     def warnings(self, tolerance: float = 0.1, type_tolerance: float = 0.02) -> list[str]:
         """What has not converged and what to change, one line per layer; empty where all is well.
@@ -252,7 +317,13 @@ class ADMM:
                 f"only {self.updates} of the {self.ramp_updates} updates over which the ratios grow were made: the projection "
                 "goes beyond what was trained for; lower ramp_updates, or train for more updates"
             )
-        for last in self.residuals[len(self.residuals) - len(self._states) :]:
+        lines += [
+            f"{state.layer.name}: its weight is frozen (requires_grad is False), so ADMM cannot move it: the projection takes "
+            "it in one shot; exempt the layer by a rule, or train it"
+            for state in self._states
+            if not state.weight.requires_grad
+        ]
+        for last in self._history[-1] if self._history else ():
             if last.primal > tolerance:
                 lines.append(
                     f"{last.layer}: primal residual {last.primal:.2g} after {last.update} updates is above "
@@ -275,17 +346,25 @@ class ADMM:
         Returns
         -------
         dict from layer name to uint8 Tensor ``[groups, Mb, Kb]``
-            The frozen types of every layer of the plan; exempt layers are DENSE throughout.
+            The frozen types of every layer of the plan, on the CPU; exempt layers are DENSE throughout.
+
+        Raises
+        ------
+        InputError
+            NaN or infinite weights.
         """
-        for line in self.warnings():
+        for line in self.warnings() if ranks().is_main else ():
             _log.warning("%s", line)
         types = {
             layer.name: torch.full(layer.types_shape, DENSE, dtype=torch.uint8) for layer in self.plan.layers
         }
         for state in self._states:
             projection = project_layer(state.layer, state.weight, state.curvature)
+            if not bool(torch.isfinite(projection.weight).all()):
+                problem = Problem("weight", "holds NaN or infinite weights", DIVERGED_HINT)
+                raise InputError(f"layer {state.layer.name}", problem)
             state.weight.copy_(projection.weight)
-            types[state.layer.name] = projection.types
+            types[state.layer.name] = projection.types.cpu()
         return types
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -329,10 +408,12 @@ class ADMM:
         if problems:
             raise FormatError("ADMM state", problems)
         self.updates = state["residuals"].shape[0]
-        self.residuals = [
-            Residual(item.layer.name, int(row[0]), *row[1:])
+        self._history = [
+            [
+                Residual(item.layer.name, int(row[0]), *row[1:])
+                for item, row in zip(self._states, update, strict=True)
+            ]
             for update in state["residuals"].tolist()
-            for item, row in zip(self._states, update, strict=True)
         ]
         for item, rho in zip(self._states, state["rho"].tolist(), strict=True):
             for field in _STATE_TENSORS:
@@ -392,9 +473,9 @@ def project_to_types(layer: PlannedLayer, types: Tensor) -> None:
     """Bring a layer's weight, in place, to the nearest one with these very types ``[groups, Mb, Kb]``."""
     settings, weight = layer.settings, layer.module.get_parameter("weight")
     matrix = weight_to_matrix(weight, layer.groups, settings.column_order)
-    magnitude = block_costs(matrix, settings.block).magnitude.to(matrix)
-    values = block_values(matrix, types.to(weight.device), magnitude, settings.block)
-    weight.copy_(matrix_to_weight(values, layer.weight_shape, settings.column_order))
+    magnitude = block_costs(matrix, settings.block).magnitude
+    types = types.to(weight.device)
+    weight.copy_(fill_blocks(weight, types, magnitude, settings.block, layer.groups, settings.column_order))
 
 
 def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: float) -> _State:
@@ -403,7 +484,8 @@ def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: flo
     target = projection.weight
     if curvature is not None:
         curvature = curvature.detach().to(weight)
-    return _State(layer, weight, curvature, rho, target, torch.zeros_like(target), projection.types, target)
+    dual, pull = torch.zeros_like(target), target.clone()
+    return _State(layer, weight, curvature, rho, target, dual, projection.types, pull)
 
 
 def _check_settings(

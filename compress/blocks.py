@@ -113,7 +113,7 @@ def expand_blocks(values: Tensor, block: tuple[int, int], m: int, k: int) -> Ten
     return blocks_to_matrix(values[:, :, None, :, None].expand(groups, m_blocks, g_o, k_blocks, g_k), m, k)
 
 
-def real_entries(m: int, k: int, block: tuple[int, int]) -> Tensor:
+def real_entries(m: int, k: int, block: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """``int64[Mb, Kb]``: how many entries of every block are real, padding left out.
 
     Examples
@@ -122,7 +122,7 @@ def real_entries(m: int, k: int, block: tuple[int, int]) -> Tensor:
     [[16, 8], [4, 2]]
     """
     heights, widths = (
-        torch.clamp(size - torch.arange(0, size, step), max=step)
+        torch.clamp(size - torch.arange(0, size, step, device=device), max=step)
         for size, step in zip((m, k), block, strict=True)
     )
     return heights[:, None] * widths[None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from compress.allocate import AllocationMethod
     from compress.data import Dataset
     from compress.fit import Progress
+    from compress.loop import Precision
     from compress.rules import CompressionConfig, Recipe
 
 __all__ = ["compress", "load_images", "pack", "train"]
@@ -39,12 +41,42 @@ def _data_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command(epilog="Example: hwsim train lenet5 --epochs 4 --seed 0 --out lenet5.safetensors")
+def _running_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of how a training runs, with the same result but for rounding."""
+    for option in (
+        click.option(
+            "--accumulation",
+            type=int,
+            help="Parts that every batch is cut into, for the memory of one part.  [default: 1]",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["fp32", "bf16"]),
+            help="bf16: the network trains under autocast.  [default: fp32]",
+        ),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, or cuda:N."),
+    ):
+        command = option(command)
+    return command
+
+
+_SCALE_EPILOG = (
+    "\n\n\b\nOn 2 processes, each with its GPU or core, sharing every batch:\n"
+    "  torchrun --nproc-per-node 2 -m hwsim {}"
+)
+_TRAIN_EXAMPLE = "train lenet5 --epochs 4 --seed 0 --out lenet5.safetensors"
+_COMPRESS_EXAMPLE = (
+    "compress lenet5.safetensors --block 4x4 --pruned 0.5 --unified 0.5 --out lenet5.hws.safetensors"
+)
+
+
+@click.command(epilog=f"Example: hwsim {_TRAIN_EXAMPLE}" + _SCALE_EPILOG.format(_TRAIN_EXAMPLE))
 @click.argument("network")
 @_data_options
 @click.option("--epochs", default=4, show_default=True, help="Passes over the training images.")
 @click.option("--lr", default=1e-3, show_default=True, help="Learning rate of Adam at the start.")
 @click.option("--batch-size", default=64, show_default=True)
+@_running_options
 @click.option("--seed", default=0, show_default=True, help="Of initial weights, order of images and subsets.")
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default NETWORK.safetensors.")
 def train(
@@ -55,6 +87,9 @@ def train(
     epochs: int,
     lr: float,
     batch_size: int,
+    device: str,
+    precision: Precision | None,
+    accumulation: int | None,
     seed: int,
     out: Path | None,
 ) -> None:
@@ -64,28 +99,39 @@ def train(
     """
     from compress import zoo
     from compress.container import check_writable
+    from compress.parallel import choose_device, processes
     from compress.train import Checkpoint, note_of, save_checkpoint
     from compress.train import train as run
 
+    where = choose_device(device)
     zoo.network(network)  # a misspelt name is said before the images are read
     path = out or Path(f"{network}.safetensors")
     check_writable(path)
-    images = load_images(data, train_images, test_images, seed)
-    classes = len(images.classes)
-    model = zoo.build(network, classes, seed)
-    with _progress_bar(epochs) as progress:
-        history = run(
-            model, images, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed, progress=progress
-        )
+    with processes(where) as here:
+        images = load_images(data, train_images, test_images, seed)
+        classes = len(images.classes)
+        model = zoo.build(network, classes, seed).to(where)
+        with _progress_bar(epochs, is_shown=here.is_main) as progress:
+            history = run(
+                model,
+                images,
+                epochs=epochs,
+                lr=lr,
+                batch_size=batch_size,
+                seed=seed,
+                precision=precision or "fp32",
+                accumulation=1 if accumulation is None else accumulation,
+                progress=progress,
+            )
+    if not here.is_main:
+        return
     size_bytes = save_checkpoint(path, Checkpoint(model, network, classes, seed, history, note_of(images)))
     click.echo(f"data      {images.source}")
     click.echo(f"accuracy  {history[-1].test_accuracy:.2%} of {len(images.test_labels)} test images")
     click.echo(f"written   {path} ({size_bytes:,} bytes)")
 
 
-@click.command(
-    epilog="Example: hwsim compress lenet5.safetensors --block 4x4 --pruned 0.5 --unified 0.5 --out lenet5.hws.safetensors"
-)
+@click.command(epilog=f"Example: hwsim {_COMPRESS_EXAMPLE}" + _SCALE_EPILOG.format(_COMPRESS_EXAMPLE))
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--block",
@@ -137,7 +183,8 @@ def train(
     type=float,
     help="Share of the loss that draws to the uncompressed network's outputs.  [default: 0]",
 )
-@click.option("--batch-size", type=int, help="[default: 64]")
+@click.option("--batch-size", type=int, help="Of all processes together.  [default: 64]")
+@_running_options
 @click.option(
     "--checkpoint",
     type=click.Path(file_okay=False, path_type=Path),
@@ -171,6 +218,7 @@ def compress(
     checkpoint: Path | None,
     preset: str | None,
     max_loss: float | None,
+    device: str,
     activation_bits: int,
     calibration_images: int,
     seed: int,
@@ -188,6 +236,7 @@ def compress(
     from compress.budget import as_budget
     from compress.cli_hardware import parse_block
     from compress.container import check_writable
+    from compress.parallel import choose_device, processes
     from compress.rebuild import compress_checkpoint
     from compress.train import load_checkpoint
     from hwsim.errors import InputError, Problem
@@ -197,6 +246,7 @@ def compress(
     logging.getLogger("compress").addHandler(logging.NullHandler())
     if max_loss is not None and preset is None:
         raise InputError("options", Problem("max_loss", "needs a preset", "add --preset small"))
+    where = choose_device(device)
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
     _check_choices(budget, len(shapes), settings)
@@ -208,22 +258,27 @@ def compress(
     check_writable(path)
     if checkpoint is not None:
         check_writable(checkpoint / "state")
-    images = load_images(data, train_images, test_images, seed)
-    with _progress_bar(recipe.epochs_admm + recipe.epochs_retrain, recipe.epochs_admm) as progress:
-        artifact = compress_checkpoint(
-            dense,
-            images,
-            plan,
-            recipe,
-            allocation=allocation,
-            budget=wanted,
-            blocks=shapes if wanted is not None else (),
-            activation_bits=activation_bits,
-            calibration_images=calibration_images,
-            max_loss=(DEFAULT_MAX_LOSS if max_loss is None else max_loss) if preset else 0.0,
-            progress=progress,
-            resume_from=checkpoint,
-        )
+    with processes(where) as here:
+        images = load_images(data, train_images, test_images, seed)
+        epochs = recipe.epochs_admm + recipe.epochs_retrain
+        with _progress_bar(epochs, recipe.epochs_admm, here.is_main) as progress:
+            artifact = compress_checkpoint(
+                dense,
+                images,
+                plan,
+                recipe,
+                allocation=allocation,
+                budget=wanted,
+                blocks=shapes if wanted is not None else (),
+                activation_bits=activation_bits,
+                calibration_images=calibration_images,
+                max_loss=(DEFAULT_MAX_LOSS if max_loss is None else max_loss) if preset else 0.0,
+                progress=progress,
+                resume_from=checkpoint,
+                device=where,
+            )
+    if not here.is_main:
+        return
     size_bytes = save_artifact(path, artifact, preset or "small")
     results = artifact.results
     for warning in results["warnings"]:
@@ -337,13 +392,15 @@ def load_images(data: str, train_images: int | None, test_images: int | None, se
             test_limit=test_images,
             seed=seed,
         )
-    for warning in caught:
+    for warning in caught if os.environ.get("RANK", "0") == "0" else ():
         click.echo(f"warning: {warning.message}", err=True)
     return images
 
 
 @contextmanager
-def _progress_bar(epochs: int, epochs_before_retraining: int = 0) -> Iterator[Callable[[Progress], None]]:
+def _progress_bar(
+    epochs: int, epochs_before_retraining: int = 0, is_shown: bool = True
+) -> Iterator[Callable[[Progress], None]]:
     """A bar over all epochs on stderr with an estimate of the time left; gives the callback that moves it."""
     from rich.console import Console
     from rich.progress import (
@@ -363,7 +420,7 @@ def _progress_bar(epochs: int, epochs_before_retraining: int = 0) -> Iterator[Ca
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True)) as bar:
+    with Bar(*columns, console=Console(stderr=True), disable=not is_shown) as bar:
         task = bar.add_task("starting", total=None)
 
         def move(now: Progress) -> None:

@@ -12,9 +12,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
 from compress.admm import ADMM, Residual, project_to_types
 from compress.layers import CompressedLayer
+from compress.loop import Gradients, LossLog
+from compress.parallel import from_main, gathered, ranks, same_start
 from compress.permute import Permutation, permute_channels
 from compress.retrain import MaskedRetraining
 from compress.rules import CompressionConfig, Plan, PlannedLayer, Recipe, plan_layers
@@ -60,7 +63,8 @@ class Progress:
     batch, batches : int
         Of the epoch, counted from 1.
     loss : float
-        Of the batch, without the penalty.
+        Of the batch, without the penalty. On an accelerator and among processes losses are read many at a time: then the
+        latest that was read, and NaN before the first.
     """
 
     phase: str
@@ -104,7 +108,7 @@ class CompressionResult:
 
 
 class _TensorBatches:
-    """Minibatches of two tensors, shuffled anew at every pass by a generator of its own."""
+    """Minibatches of two tensors, shuffled anew at every pass by a generator of its own; of each this process's share."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int, seed: int) -> None:
         self._tensors = inputs, targets
@@ -115,9 +119,16 @@ class _TensorBatches:
         return -(-len(self._tensors[0]) // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((inputs, targets) for inputs, targets, _ in self.shares())
+
+    def shares(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Inputs, targets and the weight of their mean loss (`compress.parallel.Ranks.share`)."""
         inputs, targets = self._tensors
+        here = ranks()
         for rows in torch.randperm(len(inputs), generator=self.generator).split(self._batch_size):
-            yield inputs[rows], targets[rows]
+            own, weight = here.share(rows)
+            own = own.to(inputs.device, non_blocking=True)
+            yield inputs[own], targets[own.to(targets.device, non_blocking=True)], weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +165,22 @@ class _Trainer:
     progress: Callable[[Progress], None] | None
     device: torch.device
     teacher: _Teacher | None
+    recipe: Recipe
 
-    def _loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        outputs = self.model(inputs)
+    def _loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = self.loss_fn(outputs, targets)
         return loss if self.teacher is None else self.teacher.blend(loss, outputs, inputs)
+
+    def gradients(self, penalty: Callable[[], Tensor] | None) -> Gradients:
+        """For the parameters that the network has now."""
+        recipe = self.recipe
+        return Gradients(
+            self.model,
+            self._loss,
+            precision=recipe.precision,
+            accumulation=recipe.accumulation,
+            penalty=penalty,
+        )
 
     def epoch(
         self,
@@ -166,27 +188,33 @@ class _Trainer:
         epoch: int,
         epochs: int,
         optimizer: torch.optim.Optimizer,
+        gradients: Gradients,
         lr: Callable[[int], float],
-        penalty: Callable[[], Tensor] | None,
         after_step: Callable[[int], None],
     ) -> None:
         """One pass over the data; ``lr`` and ``after_step`` get the batch's number, counted from 0."""
         self.model.train()
-        for number, (inputs, targets) in enumerate(self.batches):
+        hint = "lower the learning rate or rho; check the inputs for NaN"
+        losses = LossLog(self.device, f"{phase} epoch {epoch}", hint)
+        for number, (inputs, targets, weight) in enumerate(_shares(self.batches)):
             for group in optimizer.param_groups:
                 group["lr"] = lr(number)
             optimizer.zero_grad()
-            loss = self._loss(inputs.to(self.device), targets.to(self.device))
-            (loss if penalty is None else loss + penalty()).backward()
+            loss = gradients.backward(inputs, targets, weight)
             optimizer.step()
             after_step(number)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                where = f"{phase} epoch {epoch}, batch {number + 1}"
-                hint = "lower the learning rate or rho; check the inputs for NaN"
-                raise InputError("training", Problem("loss", f"{value} at {where}", hint))
+            losses.add(loss)
             if self.progress is not None:
-                self.progress(Progress(phase, epoch, epochs, number + 1, len(self.batches), value))
+                self.progress(Progress(phase, epoch, epochs, number + 1, len(self.batches), losses.latest))
+        losses.read()
+        # Running statistics are those of one process, as in DDP.
+        from_main(list(self.model.buffers()))
+
+
+def _shares(batches: Batches) -> Iterator[tuple[Tensor, Tensor, float]]:
+    if isinstance(batches, _TensorBatches):
+        return batches.shares()
+    return ((inputs, targets, 1.0) for inputs, targets in batches)
 
 
 def compress(
@@ -213,12 +241,12 @@ def compress(
         ``(inputs, targets)``, shuffled into minibatches of ``recipe.batch_size``; or such as a DataLoader.
     recipe : Recipe, optional
     loss_fn : callable
-        ``loss_fn(outputs, targets)``, a scalar.
+        ``loss_fn(outputs, targets)``, a scalar: the mean over the samples.
     evaluate : callable, optional
         ``evaluate(model)``, any figure of merit; called in evaluation mode before, after the projection and
         at the end.
     progress : callable, optional
-        Called with a `Progress` after every batch.
+        Called with a `Progress` after every batch, in the process of rank 0.
     checkpoint : str or Path, optional
         A folder. The state of the run is written there after every epoch; called again with the same arguments, a run that
         was stopped goes on from there, and ends bit for bit like one that was not. The order of the data is restored where
@@ -237,6 +265,11 @@ def compress(
 
     Notes
     -----
+    Among processes (a `torch.distributed` group, as under `torchrun`) each calls it with the same arguments and trains on its
+    share: of the tensors' batches, whose order and size are those of one process alone; or of what its own DataLoader gives,
+    which should have a `DistributedSampler`. All start from the weights of rank 0, end with the same ones, and evaluate; only
+    rank 0 writes the checkpoint, which all must be able to read. Batch normalisation sees a process's share alone.
+
     Reproducible: randomness comes from ``recipe.seed`` alone, and the global random state is as before
     afterwards. On an interrupt or error the model is left trainable, with the weights of that moment.
 
@@ -255,12 +288,17 @@ def compress(
     device = _device(model)
     was_training = model.training
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(recipe.seed)
+        here = ranks()
+        # Dropout differs between the processes; the order of the data has a generator of its own.
+        torch.manual_seed(here.seed(recipe.seed))
+        same_start(model)
+        _check_share(batches)
         try:
             keeper = _Keeper.start(checkpoint, model, plan, recipe, batches, train_data)
             permutation = _permute(model, plan, batches, device)
             teacher = _teacher(model, recipe)
-            trainer = _Trainer(model, batches, loss_fn, progress, device, teacher)
+            report = progress if here.is_main else None
+            trainer = _Trainer(model, batches, loss_fn, report, device, teacher, recipe)
             if "dense" not in keeper.accuracies:
                 keeper.accuracies["dense"] = _evaluate(model, evaluate)
             admm = _run_admm(trainer, plan, recipe, keeper)
@@ -283,6 +321,34 @@ def compress(
         keeper.accuracies["projected"],
         accuracy_retrained,
     )
+
+
+def _check_share(batches: Batches) -> None:
+    """What a process can know of the data of the others."""
+    if ranks().size == 1:
+        return
+    counts = [int(count) for count in gathered(torch.tensor([len(batches)]))]
+    if len(set(counts)) > 1:
+        message = f"{counts} batches in the processes by rank, must be the same"
+        raise InputError("training data", Problem("", message, "give the loader a DistributedSampler"))
+    is_sharded = isinstance(batches, _TensorBatches) or _sampler(batches) is not None
+    if not is_sharded and ranks().is_main:
+        _log.warning(
+            "every one of the %d processes reads all of the data: give the DataLoader a DistributedSampler",
+            ranks().size,
+        )
+
+
+def _sampler(batches: Batches) -> DistributedSampler | None:
+    sampler = getattr(batches, "sampler", None)
+    return sampler if isinstance(sampler, DistributedSampler) else None
+
+
+def _new_order(batches: Batches, epoch: int) -> None:
+    """Tell a distributed sampler which pass it is, counted from 0 over both phases: without it, all have the same order."""
+    sampler = _sampler(batches)
+    if sampler is not None:
+        sampler.set_epoch(epoch)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -339,8 +405,10 @@ class _Keeper:
             "batches": len(batches),
             "torch": torch.__version__,
             "device": _device(model).type,
+            "processes": ranks().size,
         }
         found = read_run(folder, identity)
+        _check_same_run(Path(folder), found)
         return cls(Path(folder), identity, batches, found, dict(found.accuracies) if found else {})
 
     def epochs_done(self, phase: str) -> int:
@@ -361,7 +429,7 @@ class _Keeper:
             return
         restore_model(model, self.found.model)
         restore_optimizer(optimizer, self.found.optimizer)
-        _set_random_state(self.batches, _device(model), self.found.random)
+        _set_random_state(self.batches, _device(model), _own(self.found.random))
 
     def save(
         self,
@@ -375,6 +443,9 @@ class _Keeper:
         """At the end of an epoch."""
         if self.folder is None:
             return
+        random = _of_all(_random_state(self.batches, _device(model)))
+        if not ranks().is_main:
+            return
         state = RunState(
             phase,
             epoch,
@@ -383,7 +454,7 @@ class _Keeper:
             optimizer_tensors(optimizer),
             admm.state_dict(),
             types or {},
-            _random_state(self.batches, _device(model)),
+            random,
         )
         write_run(self.folder, self.identity, state)
 
@@ -402,6 +473,30 @@ def _random_state(batches: Batches, device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
+
+
+def _of_all(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The generators of all processes: those of rank 0 under their own names, of rank 1 as ``"torch.1"``."""
+    return {
+        f"{name}.{rank}" if rank else name: part
+        for name, values in random.items()
+        for rank, part in enumerate(gathered(values))
+    }
+
+
+def _own(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of this process."""
+    suffix = "" if ranks().is_main else f".{ranks().rank}"
+    return {name: random[f"{name}{suffix}"] for name in random if "." not in name}
+
+
+def _check_same_run(folder: Path, found: RunState | None) -> None:
+    """All processes must have found the same: the folder lies where each of them can read it."""
+    done = 0 if found is None else 2 * found.epoch + (found.phase == "retrain")
+    seen = [int(part) for part in gathered(torch.tensor([done]))]
+    if len(set(seen)) > 1:
+        hint = "give a folder on a file system that all processes share"
+        raise InputError(str(folder), Problem("", "not all processes find the same stopped run", hint))
 
 
 def _set_random_state(batches: Batches, device: torch.device, state: Mapping[str, Tensor]) -> None:
@@ -477,11 +572,13 @@ def _run_admm(trainer: _Trainer, plan: Plan, recipe: Recipe, keeper: _Keeper) ->
             admm.step()
 
     optimizer = torch.optim.Adam(trainer.model.parameters(), lr=recipe.lr)
+    gradients = trainer.gradients(admm.penalty)
     if keeper.in_phase("admm"):
         keeper.restore(trainer.model, optimizer)
     if not keeper.in_phase("retrain"):
         for epoch in range(keeper.epochs_done("admm") + 1, recipe.epochs_admm + 1):
-            trainer.epoch("admm", epoch, recipe.epochs_admm, optimizer, lr, admm.penalty, after_step)
+            _new_order(trainer.batches, epoch - 1)
+            trainer.epoch("admm", epoch, recipe.epochs_admm, optimizer, gradients, lr, after_step)
             keeper.save("admm", epoch, trainer.model, optimizer, admm)
     return admm
 
@@ -489,14 +586,16 @@ def _run_admm(trainer: _Trainer, plan: Plan, recipe: Recipe, keeper: _Keeper) ->
 def _final_types(admm: ADMM, adjust: AdjustTypes | None) -> dict[str, Tensor]:
     """The types of ADMM's last projection, adjusted, with the weights to match."""
     types = admm.finalize()
-    if adjust is None:
-        return types
-    adjusted = adjust(admm.model, admm.plan, types)
-    for layer in admm.plan.layers:
-        codes = adjusted[layer.name]
-        if not torch.equal(codes, types[layer.name]):
-            project_to_types(layer, codes)
-    return adjusted
+    if adjust is not None:
+        adjusted = adjust(admm.model, admm.plan, types)
+        for layer in admm.plan.layers:
+            codes = adjusted[layer.name]
+            if not torch.equal(codes, types[layer.name]):
+                project_to_types(layer, codes)
+        types = adjusted
+    # Equal weights give equal types on equal machines; where processors differ, rank 0 decides.
+    from_main([*types.values(), *(layer.module.get_parameter("weight") for layer in admm.plan.layers)])
+    return types
 
 
 def _counts(types: Tensor) -> tuple[int, int]:
@@ -509,6 +608,7 @@ def _retrain(
     total = recipe.epochs_retrain * len(trainer.batches)
     with MaskedRetraining(trainer.model, plan, types) as retraining:
         optimizer = torch.optim.Adam(trainer.model.parameters(), lr=recipe.lr_retrain)
+        gradients = trainer.gradients(None)
         if keeper.in_phase("retrain"):
             keeper.restore(trainer.model, optimizer)
         for epoch in range(keeper.epochs_done("retrain") + 1, recipe.epochs_retrain + 1):
@@ -518,8 +618,15 @@ def _retrain(
                 return _cosine(recipe.lr_retrain, recipe.lr_floor, (done + number) / total)
 
             retraining.calibrate()
+            _new_order(trainer.batches, recipe.epochs_admm + epoch - 1)
             trainer.epoch(
-                "retrain", epoch, recipe.epochs_retrain, optimizer, lr, None, lambda _: retraining.step()
+                "retrain",
+                epoch,
+                recipe.epochs_retrain,
+                optimizer,
+                gradients,
+                lr,
+                lambda _: retraining.step(),
             )
             keeper.save("retrain", epoch, trainer.model, optimizer, admm, types)
         return retraining.harvest()

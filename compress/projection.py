@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.blocks import (
-    ColumnOrder,
-    block_sums,
-    expand_blocks,
-    matrix_to_weight,
-    real_entries,
-    weight_to_matrix,
-)
+from compress.assign_device import assign_on_device, power_of_two
+from compress.blocks import ColumnOrder, block_sums, expand_blocks, real_entries
 from compress.rules import types_shape
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, PRUNED, UNIFIED, type_counts
@@ -37,7 +31,7 @@ __all__ = [
     "assign_types",
     "assign_types_by_row",
     "block_costs",
-    "block_values",
+    "fill_blocks",
     "layer_costs",
     "project",
     "project_to_counts",
@@ -45,8 +39,13 @@ __all__ = [
 
 ProjectionMethod = Literal["exact", "prune_first"]
 
+DIVERGED_HINT = "training diverged: lower the learning rate or rho and start from the last good weights"
+
 _CHUNK_ENTRIES = 1 << 18
 """Entries looked at together: a chunk and its temporaries stay in the cache (4× faster at 10 M weights)."""
+
+_DEVICE_CHUNK_ENTRIES = 1 << 24
+"""The same on an accelerator, where a chunk must be large against the launch of a kernel; 64 MiB of float32."""
 
 _SAMPLE_BLOCKS = 1 << 13
 """Blocks of the sample that gives large layers a first guess of the multiplier."""
@@ -81,13 +80,72 @@ class Projection:
         Of the shape and dtype that came in.
     types : uint8 Tensor ``[groups, Mb, Kb]``
         0 PRUNED, 1 UNIFIED, 2 DENSE.
-    cost : float
-        Squared distance between the weight and its projection.
+    distance : float64 Tensor ``[]``
+        Squared distance between the weight and its projection (in the norm of the curvature), where the weight is: reading
+        it from an accelerator waits for what runs there.
     """
 
     weight: Tensor
     types: Tensor
-    cost: float
+    distance: Tensor
+
+    @property
+    def cost(self) -> float:
+        """`distance` as a number."""
+        return float(self.distance)
+
+
+def _is_host(tensor: Tensor) -> bool:
+    """Whether its values can be looked at without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
+
+
+class _Rows(NamedTuple):
+    """The matrices of a weight a few rows at a time; all of a convolution's at once would be a copy of it.
+
+    Attributes
+    ----------
+    weight : Tensor ``[groups, m, c_in/groups, taps]``
+        A view where possible.
+    column_order : {"tap_major", "channel_major"}
+    """
+
+    weight: Tensor
+    column_order: ColumnOrder
+
+    @classmethod
+    def of(cls, weight: Tensor, groups: int, column_order: ColumnOrder) -> Self:
+        """Rows of a weight ``[out, in]`` or ``[c_out, c_in/groups, *kernel]``."""
+        out_channels, in_channels, *kernel = weight.shape
+        shape = (groups, out_channels // groups, in_channels, math.prod(kernel))
+        return cls(weight.reshape(shape), column_order)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """``(groups, m, k)``."""
+        groups, m, in_channels, taps = self.weight.shape
+        return groups, m, in_channels * taps
+
+    def chunks(self, g_o: int) -> list[slice]:
+        """Block rows that are looked at together."""
+        groups, m, k = self.size
+        entries = _CHUNK_ENTRIES if _is_host(self.weight) else _DEVICE_CHUNK_ENTRIES
+        rows = max(1, entries // (groups * k * g_o)) * g_o
+        return [slice(start, start + rows) for start in range(0, m, rows)]
+
+    def read(self, rows: slice) -> Tensor:
+        """``[groups, rows, k]``."""
+        part = self.weight[:, rows]
+        if self.column_order == "tap_major":
+            part = part.transpose(2, 3)
+        return part.reshape(*part.shape[:2], -1)
+
+    def write(self, rows: slice, values: Tensor) -> None:
+        """Put values ``[groups, rows, k]`` in their place; only of a weight that the view reaches."""
+        part = self.weight[:, rows]
+        if self.column_order == "tap_major":
+            part = part.transpose(2, 3)
+        part.copy_(values.reshape(part.shape))
 
 
 def block_costs(matrix: Tensor, block: tuple[int, int], curvature: Tensor | None = None) -> BlockCosts:
@@ -105,33 +163,53 @@ def block_costs(matrix: Tensor, block: tuple[int, int], curvature: Tensor | None
     -----
     Source: derived; with ``h = 1`` this is the Euclidean case.
     """
-    _, m, k = matrix.shape
-    counts = real_entries(m, k, block).to(matrix)
-    parts = []
-    for rows in _row_chunks(matrix, block[0]):
-        chunk = matrix[:, rows]
-        magnitudes = chunk.abs()
-        plain = block_sums(magnitudes, block)
-        if curvature is None:
-            parts.append((plain, plain, block_sums(chunk.square(), block)))
-        else:
-            weighted = magnitudes * curvature[:, rows]
-            squares = block_sums(weighted * magnitudes, block)
-            parts.append((plain, block_sums(weighted, block), squares))
-    plain, first, second = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    if curvature is None:
-        magnitude = plain / counts
-    else:
-        total = block_sums(curvature, block)
-        magnitude = torch.where(total > 0, first / total, plain / counts)
+    h = None if curvature is None else _Rows(curvature[..., None], "channel_major")
+    return _costs(_Rows(matrix[..., None], "channel_major"), block, h, matrix.dtype)
+
+
+def _costs(
+    weights: _Rows,
+    block: tuple[int, int],
+    curvature: _Rows | None,
+    dtype: torch.dtype,
+    scales: tuple[Tensor, Tensor] | None = None,
+) -> BlockCosts:
+    """`block_costs` chunk by chunk, in ``dtype``; ``scales`` multiply weights and curvature first."""
+    _, m, k = weights.size
+    counts = real_entries(m, k, block, weights.weight.device).to(dtype)
+    parts = [
+        _chunk_costs(weights, rows, block, curvature, dtype, scales) for rows in weights.chunks(block[0])
+    ]
+    plain, first, second, total = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    magnitude = plain / counts
+    if curvature is not None:
+        magnitude = torch.where(total > 0, first / total, magnitude)
     # Rounding may push the difference of two nearly equal sums below zero.
     return BlockCosts(magnitude, second, (second - first * magnitude).clamp_(min=0))
 
 
-def _row_chunks(matrix: Tensor, g_o: int) -> list[slice]:
-    groups, m, k = matrix.shape
-    rows = max(1, _CHUNK_ENTRIES // (groups * k * g_o)) * g_o
-    return [slice(start, start + rows) for start in range(0, m, rows)]
+def _chunk_costs(
+    weights: _Rows,
+    rows: slice,
+    block: tuple[int, int],
+    curvature: _Rows | None,
+    dtype: torch.dtype,
+    scales: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``Σ|w|``, ``Σh|w|``, ``Σhw²`` and ``Σh`` of the blocks of some rows; without curvature the last has no meaning."""
+    chunk = weights.read(rows).to(dtype)
+    if scales is not None:
+        chunk = chunk * scales[0]
+    magnitudes = chunk.abs()
+    plain = block_sums(magnitudes, block)
+    if curvature is None:
+        return plain, plain, block_sums(chunk.square(), block), plain
+    h = curvature.read(rows).to(dtype)
+    if scales is not None:
+        h = h * scales[1]
+    weighted = magnitudes * h
+    squares = block_sums(weighted * magnitudes, block)
+    return plain, block_sums(weighted, block), squares, block_sums(h, block)
 
 
 def assign_types(
@@ -260,10 +338,13 @@ def _as_integers(prune_cost: NDArray, unify_cost: NDArray) -> tuple[NDArray[np.i
     """Both costs scaled by one power of two to integers below 2**60: from here on all arithmetic is exact."""
     largest = max((float(cost.max()) for cost in (prune_cost, unify_cost) if cost.size), default=0.0)
     scale = 2.0 ** (60 - np.frexp(largest)[1]) if largest > 0 else 1.0
-    prune, unify = (
-        np.rint(cost.astype(np.float64) * scale).astype(np.int64) for cost in (prune_cost, unify_cost)
-    )
-    return prune, unify
+    return _scaled(prune_cost, scale), _scaled(unify_cost, scale)
+
+
+def _scaled(cost: NDArray, scale: float) -> NDArray[np.int64]:
+    values = cost.astype(np.float64)
+    values *= scale
+    return np.rint(values, out=values).astype(np.int64)
 
 
 def _smallest(values: NDArray, count: int) -> NDArray[np.bool_]:
@@ -302,9 +383,9 @@ class _Face(NamedTuple):
 
 def _face(prune: NDArray[np.int64], unify: NDArray[np.int64], d: int, total: int) -> _Face:
     shifted = prune - d
-    key = np.minimum(shifted, unify)
+    prefers = (shifted > unify).view(np.int8) - (shifted < unify).view(np.int8)
+    key = np.minimum(shifted, unify, out=shifted)
     threshold = int(np.partition(key, total - 1)[total - 1])
-    prefers = (shifted > unify).astype(np.int8) - (shifted < unify)
     return _Face(threshold, key < threshold, key == threshold, prefers)
 
 
@@ -318,7 +399,7 @@ def _assign_exactly(
     allow. Along the way blocks whose type no d between the brackets can change are settled and left out.
     """
     types = np.empty(prune.size, np.uint8)
-    index = np.arange(prune.size)
+    index: NDArray[np.int64] | slice = slice(None)
     probes = _sampled_multipliers(prune, unify, pruned, unified)
     low, high = int(prune.min() - unify.max()) - 1, int(prune.max() - unify.min()) + 1
     # Within the bracket threshold(d) falls and d + threshold(d) rises with d; what is known of both is kept
@@ -344,12 +425,14 @@ def _assign_exactly(
         settled_pruned = (gain <= low) & (prune < least_sum)
         settled_unified = (gain >= high) & (unify < least_threshold)
         settled_dense = (prune > most_sum) & (unify > most_threshold)
+        del face, gain
+        keep = ~(settled_pruned | settled_unified | settled_dense)
         for settled, code in ((settled_pruned, PRUNED), (settled_unified, UNIFIED), (settled_dense, DENSE)):
-            types[index[settled]] = code
+            types[settled if isinstance(index, slice) else index[settled]] = code
         pruned -= int(np.count_nonzero(settled_pruned))
         unified -= int(np.count_nonzero(settled_unified))
-        keep = ~(settled_pruned | settled_unified | settled_dense)
-        index, prune, unify = index[keep], prune[keep], unify[keep]
+        index = np.flatnonzero(keep) if isinstance(index, slice) else index[keep]
+        prune, unify = prune[keep], unify[keep]
 
 
 def _sampled_multipliers(
@@ -486,18 +569,32 @@ def project_to_counts(
     [[[1, 0], [1, 0]]]
     """
     _block_count(weight, block, groups, name)
-    with torch.no_grad():
-        matrix = weight_to_matrix(weight.detach(), groups, column_order)
-        costs = layer_costs(weight, block, groups, column_order, curvature, name)
-        prune_cost, unify_cost = costs.prune.cpu().numpy(), costs.unify.cpu().numpy()
-        assign = assign_types_by_row if balanced_rows else assign_types
-        codes = assign(prune_cost, unify_cost, pruned_blocks, unified_blocks, method)
-        total = prune_cost[codes == PRUNED].sum(dtype=np.float64) + unify_cost[codes == UNIFIED].sum(
-            dtype=np.float64
+    if not _is_host(weight):
+        costs, distance_scale = _device_costs(weight, block, groups, column_order, curvature)
+        types, distance = assign_on_device(
+            costs.prune, costs.unify, pruned_blocks, unified_blocks, method, balanced_rows
         )
-        types = torch.from_numpy(codes).to(matrix.device)
-        values = block_values(matrix, types, costs.magnitude.to(matrix.dtype), block)
-        return Projection(matrix_to_weight(values, tuple(weight.shape), column_order), types, float(total))
+        distance = distance * distance_scale
+    else:
+        costs = layer_costs(weight, block, groups, column_order, curvature, name)
+        types, distance = _assign(costs, pruned_blocks, unified_blocks, method, balanced_rows)
+    magnitude = costs.magnitude.to(weight.dtype)
+    del costs
+    projected = fill_blocks(weight, types, magnitude, block, groups, column_order)
+    return Projection(projected, types, distance)
+
+
+def _assign(
+    costs: BlockCosts, pruned_blocks: int, unified_blocks: int, method: ProjectionMethod, balanced_rows: bool
+) -> tuple[Tensor, Tensor]:
+    """Types and the sum of their costs."""
+    prune_cost, unify_cost = costs.prune.numpy(), costs.unify.numpy()
+    assign = assign_types_by_row if balanced_rows else assign_types
+    codes = assign(prune_cost, unify_cost, pruned_blocks, unified_blocks, method)
+    total = prune_cost[codes == PRUNED].sum(dtype=np.float64) + unify_cost[codes == UNIFIED].sum(
+        dtype=np.float64
+    )
+    return torch.from_numpy(codes), torch.tensor(total, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -516,39 +613,85 @@ def layer_costs(
     InputError
         NaN or infinite weights, a negative or infinite curvature.
     """
-    matrix = weight_to_matrix(weight.detach(), groups, column_order)
-    h = None if curvature is None else weight_to_matrix(curvature.detach().to(matrix), groups, column_order)
-    return _finite_costs(matrix, block, h, name)
-
-
-def _finite_costs(matrix: Tensor, block: tuple[int, int], curvature: Tensor | None, name: str) -> BlockCosts:
-    """Costs that are safe to compare. A NaN needs no search of its own: it ends up in its block's cost."""
+    rows = _Rows.of(weight, groups, column_order)
+    h = None if curvature is None else _Rows.of(curvature.to(weight), groups, column_order)
     problems = []
-    if curvature is not None and not bool(((curvature >= 0) & (curvature < torch.inf)).all()):
+    if h is not None and not bool(((h.weight >= 0) & (h.weight < torch.inf)).all()):
         problems.append(Problem("curvature", "holds a negative, NaN or infinite entry; all must be ≥ 0"))
-    costs = block_costs(matrix, block, curvature)
+    costs = _costs(rows, block, h, weight.dtype)
+    # A NaN needs no search of its own: it ends up in its block's cost.
     largest = float(costs.prune.max())
     if not problems and _SMALLEST_SAFE_COST < largest < math.inf:
         return costs
-    bad = int((~torch.isfinite(matrix)).sum())
+    bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        hint = "training diverged: lower the learning rate or rho and start from the last good weights"
-        problems.append(Problem("weight", f"{bad} of {matrix.numel()} weights are NaN or infinite", hint))
+        problems.append(
+            Problem("weight", f"{bad} of {weight.numel()} weights are NaN or infinite", DIVERGED_HINT)
+        )
     if problems:
         raise InputError(f"layer {name}", problems)
-    return block_costs(matrix.double(), block, None if curvature is None else curvature.double())
+    return _costs(rows, block, h, torch.float64)
 
 
-def block_values(matrix: Tensor, types: Tensor, magnitude: Tensor, block: tuple[int, int]) -> Tensor:
-    """The projected matrix: 0, sign(w) · magnitude with sign(0) = +1, or w itself."""
-    k = matrix.shape[2]
-    shared = magnitude * (types == UNIFIED)
-    dense = types == DENSE
-    any_dense = bool(dense.any())
-    values = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    for rows in _row_chunks(matrix, block[0]):
+@torch.no_grad()
+def _device_costs(
+    weight: Tensor,
+    block: tuple[int, int],
+    groups: int,
+    column_order: ColumnOrder,
+    curvature: Tensor | None,
+) -> tuple[BlockCosts, Tensor]:
+    """`layer_costs` without a look at any value, and the factor that its costs were divided by.
+
+    Weights and curvature are scaled by powers of two to at most 1 first, which is exact and takes the place of the second
+    attempt in float64.
+    """
+    rows = _Rows.of(weight, groups, column_order)
+    scale, h, h_scale = _to_one(weight), None, weight.new_ones(())
+    if curvature is not None:
+        curvature = curvature.to(weight)
+        h, h_scale = _Rows.of(curvature, groups, column_order), _to_one(curvature)
+    costs = _costs(rows, block, h, weight.dtype, (scale, h_scale))
+    return costs._replace(magnitude=costs.magnitude / scale), 1 / (scale.double().square() * h_scale.double())
+
+
+def _to_one(values: Tensor) -> Tensor:
+    """The power of two that brings the largest magnitude into [0.5, 1); within float32's normal range."""
+    _, exponent = torch.frexp(torch.linalg.vector_norm(values, ord=torch.inf))
+    return power_of_two(-exponent.clamp(-120, 120)).to(values.dtype)
+
+
+@torch.no_grad()
+def fill_blocks(
+    weight: Tensor,
+    types: Tensor,
+    magnitude: Tensor,
+    block: tuple[int, int],
+    groups: int = 1,
+    column_order: ColumnOrder = "tap_major",
+) -> Tensor:
+    """A weight with the types of its blocks: 0, sign(w) · magnitude with sign(0) = +1, or w itself.
+
+    Parameters
+    ----------
+    weight : Tensor ``[out, in]`` or ``[c_out, c_in/groups, *kernel]``
+    types : uint8 Tensor ``[groups, Mb, Kb]``
+    magnitude : Tensor ``[groups, Mb, Kb]``
+        Of the weight's dtype; read at UNIFIED blocks.
+
+    Returns
+    -------
+    Tensor
+        A contiguous one of the weight's shape.
+    """
+    filled = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
+    source, target = (_Rows.of(part, groups, column_order) for part in (weight, filled))
+    k, shared, dense = source.size[2], magnitude * (types == UNIFIED), types == DENSE
+    # On an accelerator a look would wait for it; the result is the same.
+    any_dense = not _is_host(weight) or bool(dense.any())
+    for rows in source.chunks(block[0]):
         block_rows = slice(rows.start // block[0], -(-rows.stop // block[0]))
-        chunk = matrix[:, rows]
+        chunk = source.read(rows)
         # Adding zero turns −0 into +0: before, so that its sign counts as +1; after, so that pruned weights
         # are +0.
         projected = torch.copysign(
@@ -558,5 +701,5 @@ def block_values(matrix: Tensor, types: Tensor, magnitude: Tensor, block: tuple[
         if any_dense:
             is_dense = expand_blocks(dense[:, block_rows], block, chunk.shape[1], k)
             projected = torch.where(is_dense, chunk, projected)
-        values[:, rows] = projected
-    return values
+        target.write(rows, projected)
+    return filled

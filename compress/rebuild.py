@@ -44,6 +44,7 @@ def compress_checkpoint(
     max_loss: float = 0.0,
     progress: Callable[[Progress], None] | None = None,
     resume_from: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Artifact:
     """From a trained network to its compressed form with both accuracies: everything that `hwsim compress` does.
 
@@ -69,6 +70,9 @@ def compress_checkpoint(
         See `compress.fit.compress`.
     resume_from : str or Path, optional
         A folder for the state of the run, as ``checkpoint`` of `compress.fit.compress`.
+    device : torch.device or str
+        Where ADMM and retraining run. Calibration and the integer model stay on the CPU. Among processes each calls this
+        with the same arguments and gets the same artifact; one of them should save it.
 
     Returns
     -------
@@ -106,17 +110,19 @@ def compress_checkpoint(
     plan: Plan | CompressionConfig = config
     if allocation is not None or wanted is not None or blocks:
         plan = allocate(model, calibration, config, budget=wanted, method=allocation, blocks=blocks)
+    model.to(device)
     with channels_last(model, test_inputs[:2]):
         result = compress(
             model,
             plan,
-            (train_inputs, data.train_labels),
+            (train_inputs.to(device), data.train_labels.to(device)),
             recipe,
             evaluate=accuracy,
             progress=progress,
             checkpoint=resume_from,
             adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
         )
+    model.cpu()
     layers, coarse = result.layers, {}
     if max_loss:
         model.eval()

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from compress.blocks import (
@@ -84,7 +85,7 @@ class _BlockForm(nn.Module):
         """Dense weights ``[groups, m, k]``, magnitudes ``[groups, Mb, Kb]``; empty where no block needs them."""
         settings = self.layer.settings
         matrix = weight_to_matrix(weight, self.layer.groups, settings.column_order)
-        counts = real_entries(self.layer.m, self.layer.k, settings.block).to(matrix)
+        counts = real_entries(self.layer.m, self.layer.k, settings.block, matrix.device).to(matrix)
         magnitudes = block_sums(matrix * self.signs, settings.block) / counts
         nothing = matrix.new_empty(0)
         return (
@@ -123,7 +124,8 @@ class MaskedRetraining:
     Raises
     ------
     InputError
-        Types missing or of another shape, or counts other than the plan's.
+        Types missing or of another shape, counts other than the plan's, or a model that DistributedDataParallel wraps: wrap
+        it after this, since its parameters change.
 
     Examples
     --------
@@ -141,6 +143,11 @@ class MaskedRetraining:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, types: Mapping[str, Tensor]) -> None:
+        if isinstance(model, DistributedDataParallel):
+            hint = "MaskedRetraining(model.module, …), then DistributedDataParallel(model.module)"
+            raise InputError(
+                "MaskedRetraining", Problem("model", "is wrapped already, but gets new parameters", hint)
+            )
         problems = [
             problem for layer in plan.layers for problem in _type_problems(layer, types.get(layer.name))
         ]
@@ -153,6 +160,9 @@ class MaskedRetraining:
             form = _BlockForm(layer, types[layer.name])
             parametrize.register_parametrization(layer.module, "weight", form)
             self._forms[layer.name] = form
+            for original in self._held(layer).parameters():
+                # DistributedDataParallel would wait for the gradient of an empty one.
+                original.requires_grad_(original.numel() > 0)
         self.calibrate()
 
     def __enter__(self) -> Self:
@@ -163,10 +173,12 @@ class MaskedRetraining:
     ) -> None:
         self._release()
 
+    def _held(self, layer: PlannedLayer) -> Any:
+        return layer.module.parametrizations["weight"]  # type: ignore[index]
+
     def _originals(self, layer: PlannedLayer) -> tuple[Tensor, Tensor]:
         """Dense weights and magnitudes of a layer, zeros where it has none."""
-        held: Any = layer.module.parametrizations["weight"]  # type: ignore[index]
-        form = self._forms[layer.name]
+        held, form = self._held(layer), self._forms[layer.name]
         dense = held.original0 if form.has_dense else torch.zeros_like(form.signs)
         magnitudes = held.original1 if form.has_unified else form.signs.new_zeros(layer.types_shape)
         return dense.detach(), magnitudes.detach()
@@ -175,8 +187,8 @@ class MaskedRetraining:
     def step(self) -> None:
         """Keep every magnitude at or above zero; called after every step of the optimizer."""
         for layer in self.plan.layers:
-            _, magnitudes = self._originals(layer)
-            magnitudes.clamp_(min=0)
+            if self._forms[layer.name].has_unified:
+                self._held(layer).original1.clamp_(min=0)
 
     def calibrate(self) -> None:
         """Choose every layer's step size anew, for the weights as they are now."""

@@ -167,7 +167,12 @@ class Recipe(_Settings):
     distill_temperature : float
         Softens the probabilities of "kl".
     batch_size : int
-        Used where the training data comes as tensors.
+        Samples of a step, all processes together; used where the training data comes as tensors.
+    accumulation : int
+        Parts that every batch is cut into, one after the other through the network; the step is the same but for rounding
+        (and for batch normalisation, which sees one part), the memory that of a part.
+    precision : {"fp32", "bf16"}
+        bf16: the network trains under autocast; weights, penalty and projection stay in float32.
     seed : int
 
     Notes
@@ -194,6 +199,8 @@ class Recipe(_Settings):
     distill_loss: Literal["kl", "mse"] = "kl"
     distill_temperature: Positive = 4.0
     batch_size: Annotated[int, Field(strict=True, ge=1, le=1 << 20)] = 64
+    accumulation: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 63)] = 0
 
 

@@ -30,7 +30,7 @@ __all__ = [
     "write_run",
 ]
 
-RUN_FORMAT, RUN_VERSION = "hwsim-run", 1
+RUN_FORMAT, RUN_VERSION = "hwsim-run", 2
 RUN_FILE = "compress-run.safetensors"
 """Name of the file in the folder that the user gives."""
 
@@ -47,6 +47,7 @@ class RunState:
     accuracies : dict of str to float or None
         What was evaluated so far, under ``dense`` and ``projected``.
     model, optimizer, admm, types, random : dict of str to Tensor
+        ``random`` holds the generators of every process: ``"torch"`` is that of rank 0, ``"torch.1"`` that of rank 1.
     """
 
     phase: Literal["admm", "retrain"]

@@ -1,4 +1,4 @@
-"""Training without compression, accuracy, and dense checkpoints. Plain PyTorch."""
+"""Training without compression, accuracy, and dense checkpoints."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from compress.artifact import DatasetNote
 from compress.container import package_versions, read_container, write_container
 from compress.data import Dataset
 from compress.fit import Progress
+from compress.loop import Gradients, LossLog, Precision
+from compress.parallel import from_main, ranks, same_start
 from compress.shapes import evaluation_mode
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.machine import validation_problems
@@ -68,24 +70,32 @@ def train(
     lr: float = 1e-3,
     batch_size: int = 64,
     seed: int = 0,
+    precision: Precision = "fp32",
+    accumulation: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Epoch, ...]:
     """Train in place: Adam, cross-entropy, learning rate falling to zero along a half cosine over all steps.
 
+    Among processes (a `torch.distributed` group, as under `torchrun`) each calls it with the same arguments and takes its share
+    of every batch; all end with the same weights.
+
     Parameters
     ----------
     model : nn.Module
-        Takes normalised float32 images ``[n, c, h, w]``, gives logits ``[n, classes]``. Left in evaluation mode.
+        Takes normalised float32 images ``[n, c, h, w]``, gives logits ``[n, classes]``. Trained on the device where it is.
+        Left in evaluation mode.
     data : Dataset
     epochs : int
     lr : float
         Of the first step.
     batch_size : int
-        The images left over at the end of an epoch's shuffled order sit that epoch out.
+        Of all processes together. The images left over at the end of an epoch's shuffled order sit that epoch out.
     seed : int
         Of the order of the images and of dropout. The global generator is left as it was.
+    precision, accumulation
+        See `compress.rules.Recipe`.
     progress : callable, optional
-        Called with a `Progress` of the phase "train" after every batch.
+        Called with a `Progress` of the phase "train" after every batch, in the process of rank 0.
 
     Returns
     -------
@@ -97,35 +107,54 @@ def train(
         Settings out of range, a network that does not fit the images or the classes, or a loss that is not finite.
     """
     count = len(data.train_labels)
-    _check_settings(epochs, lr, batch_size)
+    _check_settings(epochs, lr, batch_size, accumulation)
     check_fit(model, data)
     batch_size = min(batch_size, count)
-    batches = count // batch_size
+    batches, here, device = count // batch_size, ranks(), device_of(model)
+    images, labels = data.train_images.to(device), data.train_labels.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * batches)
     history: list[Epoch] = []
-    with torch.random.fork_rng(devices=[]), channels_last(model, data.normalise(data.test_images[:2])):
-        torch.manual_seed(seed)
+    generators = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=generators),
+        channels_last(model, data.normalise(data.test_images[:2])),
+    ):
+        torch.manual_seed(here.seed(seed))
+        same_start(model)
+        gradients = Gradients(model, _cross_entropy, precision=precision, accumulation=accumulation)
         for epoch in range(1, epochs + 1):
             started = time.perf_counter()
             model.train()
             order = torch.randperm(count)
-            loss_sum = 0.0
+            from_main([order])
+            losses = LossLog(device, f"epoch {epoch}", f"lower the learning rate ({lr})")
             for batch in range(batches):
-                chosen = order[batch * batch_size : (batch + 1) * batch_size]
-                loss = _step(model, data, chosen, optimizer)
+                own, weight = here.share(order[batch * batch_size : (batch + 1) * batch_size])
+                own = own.to(device, non_blocking=True)
+                optimizer.zero_grad()
+                loss = gradients.backward(data.normalise(images[own]), labels[own], weight)
+                optimizer.step()
                 schedule.step()
-                if not math.isfinite(loss):
-                    where = f"{loss} at epoch {epoch}, batch {batch + 1}"
-                    raise InputError("training", Problem("loss", where, f"lower the learning rate ({lr})"))
-                loss_sum += loss
-                if progress is not None:
-                    progress(Progress("train", epoch, epochs, batch + 1, batches, loss))
+                losses.add(loss)
+                if progress is not None and here.is_main:
+                    progress(Progress("train", epoch, epochs, batch + 1, batches, losses.latest))
+            losses.read()
+            from_main(list(model.buffers()))
             seconds = time.perf_counter() - started
             test_accuracy = evaluate(model, data.normalise(data.test_images), data.test_labels)
-            history.append(Epoch(epoch, loss_sum / batches, test_accuracy, seconds))
+            history.append(Epoch(epoch, losses.total / batches, test_accuracy, seconds))
     model.eval()
     return tuple(history)
+
+
+def _cross_entropy(outputs: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network is; the CPU for one without parameters."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
@@ -133,7 +162,7 @@ def channels_last(model: nn.Module, sample: torch.Tensor) -> Iterator[None]:
     """Weights of 2-d convolutions with the channel fastest in memory, and back again.
 
     Values and results are the same; oneDNN trains LeNet-5 up to a quarter faster (measured on one AVX-512 core). A network that
-    cannot run so (it calls ``view`` where only ``reshape`` would do) stays as it is.
+    cannot run so (it calls ``view`` where only ``reshape`` would do) stays as it is, and so does any among several processes.
 
     Parameters
     ----------
@@ -141,10 +170,13 @@ def channels_last(model: nn.Module, sample: torch.Tensor) -> Iterator[None]:
     sample : tensor
         A small input, to try it.
     """
+    if ranks().size > 1:  # DistributedDataParallel warns of strides where a convolution has one input channel
+        yield
+        return
     _lay_out(model, torch.channels_last)
     try:
         with evaluation_mode(model), torch.no_grad():
-            model(sample)
+            model(sample.to(device_of(model)))
     except RuntimeError:
         _lay_out(model, torch.contiguous_format)
     try:
@@ -160,12 +192,9 @@ def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
             parameter.data = parameter.data.clone(memory_format=memory_format)
 
 
-def _check_settings(epochs: int, lr: float, batch_size: int) -> None:
-    problems = [
-        Problem(name, f"{value}, must be at least 1")
-        for name, value in (("epochs", epochs), ("batch_size", batch_size))
-        if value < 1
-    ]
+def _check_settings(epochs: int, lr: float, batch_size: int, accumulation: int) -> None:
+    counts = (("epochs", epochs), ("batch_size", batch_size), ("accumulation", accumulation))
+    problems = [Problem(name, f"{value}, must be at least 1") for name, value in counts if value < 1]
     if not 0 < lr < math.inf:
         problems.append(Problem("lr", f"{lr}, must be positive"))
     if problems:
@@ -174,7 +203,7 @@ def _check_settings(epochs: int, lr: float, batch_size: int) -> None:
 
 def check_fit(model: nn.Module, data: Dataset) -> None:
     """Refuse a network that does not take the images or has another number of outputs than there are classes."""
-    sample = data.normalise(data.train_images[:2])
+    sample = data.normalise(data.train_images[:2]).to(device_of(model))
     try:
         with evaluation_mode(model), torch.no_grad():
             size = tuple(model(sample).shape)
@@ -192,15 +221,6 @@ def check_fit(model: nn.Module, data: Dataset) -> None:
             "num_classes", f"outputs of shape {size} for 2 images, but {data.name} has {len(data.classes)}"
         )
         raise InputError("training", problem)
-
-
-def _step(model: nn.Module, data: Dataset, chosen: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
-    optimizer.zero_grad()
-    logits = model(data.normalise(data.train_images[chosen]))
-    loss = nn.functional.cross_entropy(logits, data.train_labels[chosen])
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 
 def evaluate(
@@ -236,10 +256,11 @@ def evaluate(
 def _accuracy_of(
     model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, labels: torch.Tensor, batch_size: int
 ) -> float:
+    device = device_of(model) if isinstance(model, nn.Module) else images.device
     correct = 0
     with torch.inference_mode():
         for part, expected in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            correct += int((model(part).argmax(1) == expected).sum())
+            correct += int((model(part.to(device)).argmax(1) == expected.to(device)).sum())
     return correct / len(labels)
 
 
@@ -305,9 +326,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> int:
         "dataset": asdict(checkpoint.dataset) if checkpoint.dataset else None,
         "packages": checkpoint.packages,
     }
-    return write_container(
-        path, header, {name: values.numpy() for name, values in checkpoint.model.state_dict().items()}
-    )
+    state = {name: values.cpu().numpy() for name, values in checkpoint.model.state_dict().items()}
+    return write_container(path, header, state)
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

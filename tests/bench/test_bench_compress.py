@@ -31,6 +31,16 @@ def test_projection(benchmark, shape, block, pruned, unified):
     assert result.weight.shape == weight.shape
 
 
+@pytest.mark.benchmark(group="100 M weights, one core: projection beside copying the same bytes")
+@pytest.mark.parametrize("what", ["copy", "linear 4x4", "conv 4x4"])
+def test_projection_against_a_copy(benchmark, what):
+    """The physical limit: every weight read once and written once."""
+    shape = (3334, 3334, 3, 3) if what.startswith("conv") else (10_000, 10_000)
+    weight = torch.empty(shape).normal_(generator=torch.Generator().manual_seed(0))
+    action = weight.clone if what == "copy" else lambda: project(weight, (4, 4), 0.5, 0.25).weight
+    assert benchmark.pedantic(action, rounds=3, warmup_rounds=1).shape == weight.shape
+
+
 def lenet():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

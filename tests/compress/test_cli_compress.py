@@ -104,6 +104,24 @@ def test_compress_writes_what_it_says(tmp_path: Path, dense: Path) -> None:
     assert "retrain epoch 1/1" in result.stderr
 
 
+def test_precision_and_parts_are_kept_in_the_file(tmp_path: Path, dense: Path) -> None:
+    path = tmp_path / "model"
+    options = ["--precision", "bf16", "--accumulation", "4", "--device", "cpu"]
+    assert run(compress, dense, *QUICK, *options, "--out", path).exception is None
+    training = load_artifact(path).recipe["training"]
+    assert (training["precision"], training["accumulation"]) == ("bf16", 4)
+
+
+def test_dense_training_takes_parts_and_a_number_format(tmp_path: Path) -> None:
+    options = ["--precision", "bf16", "--accumulation", "2", "--epochs", 1]
+    assert run(train, "lenet300", *DIGITS, *options, "--out", tmp_path / "a").exception is None
+    assert run(train, "lenet300", *DIGITS, "--epochs", 1, "--out", tmp_path / "b").exception is None
+    one, other = (load_checkpoint(tmp_path / name).model.fc1.weight.detach() for name in ("a", "b"))
+    assert 0 < float((one - other).norm()) < 0.1 * float(other.norm())
+    error = error_of(train, "lenet300", *DIGITS, "--accumulation", 0, "--out", tmp_path / "c")
+    assert "accumulation: 0, must be at least 1" in str(error)
+
+
 def test_the_default_name_of_the_result(dense: Path) -> None:
     result = run(compress, dense, *QUICK)
     assert result.exception is None, result.output
@@ -133,6 +151,8 @@ def test_options_win_over_the_file(tmp_path: Path, dense: Path) -> None:
         (["--block", "4by4"], "not a block shape"),
         (["--weight-bits", "9"], "weight_bits"),
         (["--epochs-admm", "-1"], "epochs_admm"),
+        (["--accumulation", "0"], "accumulation"),
+        (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N"),
         (["--activation-bits", "1"], "activation_bits: 1, must lie in 2 to 16"),
         (["--calibration-images", "0"], "calibration_images: 0, must be at least 1"),
         (["--data", "fashionmnist"], 'did you mean "fashion-mnist"'),

@@ -234,7 +234,7 @@ def test_a_network_without_a_treatable_layer_is_refused():
         plan_layers(nn.Sequential(nn.Embedding(4, 4)), CompressionConfig())
 
 
-@pytest.mark.parametrize("field", ["lr", "rho", "epochs_admm", "seed"])
+@pytest.mark.parametrize("field", ["lr", "rho", "epochs_admm", "seed", "accumulation"])
 def test_a_recipe_refuses_negative_numbers(field):
     with pytest.raises(ValueError, match=field):
         Recipe(**{field: -1})
