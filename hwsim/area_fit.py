@@ -159,8 +159,6 @@ FIT_MACHINES: dict[str, dict[str, object]] = {
 
 
 _CHOSEN = {
-    ("arbiter", True): tuple(name for name in FIT_MACHINES if name != "many-banks"),
-    ("pe", False): tuple(name for name in FIT_MACHINES if name != "odd"),
     ("weight_feed", False): (
         "8x8",
         "single",

@@ -36,7 +36,7 @@ The same for every clock and DRAM: a sweep over them compares channels of one de
 """
 
 TERM_COMPONENTS = {
-    "pe.multiplier_bits2": "multipliers",
+    "pe.multiplier_adders": "multipliers",
     "pe.operand_select_bits": "multipliers",
     "pe.tree_adder_bits": "dense_adder_tree",
     "pe.accumulator_bits": "accumulators",
@@ -61,10 +61,9 @@ TERM_COMPONENTS = {
     "weight_feed.write_bits": "weight_broadcast",
     "multicast.pe": "multicast",
     "multicast.select_bits": "multicast",
-    "arbiter.compare_bits": "arbiter",
+    "arbiter.match_bits": "arbiter",
+    "arbiter.tree_bits": "arbiter",
     "arbiter.select_bits": "arbiter",
-    "arbiter.row_bits": "arbiter",
-    "arbiter.modulo_bits": "arbiter",
     "requantizer.product_bits": "requantizer",
     "requantizer.accumulator_bits": "requantizer",
     "counters.machine": "control",
@@ -125,10 +124,12 @@ def part_terms(machine: Machine, lanes: int = LOAD_LANES) -> dict[str, float]:
         # a multiplexer of A inputs for each bit of a PE's part of the word
         "multicast.pe": int(banks > 1),
         "multicast.select_bits": (banks - 1) * array.block[1] * precision.activation_bits,
-        "arbiter.compare_bits": banks * (rows - 1) * INDEX_BITS,
-        "arbiter.select_bits": banks * log2_ceil(banks) * rows * INDEX_BITS,
-        "arbiter.row_bits": rows * INDEX_BITS,
-        "arbiter.modulo_bits": 0 if banks & (banks - 1) == 0 else rows * INDEX_BITS * log2_ceil(banks),
+        # A bank masks the index of every row; with 2ⁿ banks the lowest n bits of those that match are its own number. Then a
+        # tree of comparators and multiplexers finds the smallest: its later levels have less in common to share.
+        "arbiter.match_bits": banks * rows * (INDEX_BITS - log2_ceil(banks) * (banks & (banks - 1) == 0)),
+        "arbiter.tree_bits": banks * (rows - 1) * log2_ceil(rows) * INDEX_BITS,
+        # Each row looks at what its own bank has granted: a shifter over all banks.
+        "arbiter.select_bits": banks * rows * INDEX_BITS * log2_ceil(banks),
         # the sum with a 32-bit bias times a 16-bit scale, and its shift
         "requantizer.product_bits": max(precision.accumulator_bits, 32) + 18,
         "requantizer.accumulator_bits": precision.accumulator_bits,
@@ -160,16 +161,20 @@ def _pe_terms(machine: Machine) -> dict[str, float]:
     product_bits = operand_bits + factor_bits
     tree_bits = product_bits + log2_ceil(tree)
     outputs_of_tree = min(g_o, -(-n // lanes))
+    # Where a row of the block does not fall on whole trees, each output adds up several before its accumulator.
+    trees_of_output = min(g_k // tree, trees)
     inputs_of_lane = g_k // tree
     # Shared adders pay where they are half as many as the outputs; with as many there is nothing to choose.
     shared = not unified and tree in (g_k, lanes) and (2 * trees <= g_o or trees >= g_o)
     select_bits = lanes * precision.activation_bits * (inputs_of_lane - 1)
     terms: dict[str, float] = {
-        "pe.multiplier_bits2": factor_bits
-        * (wide_lanes * sum_bits + (lanes - wide_lanes) * precision.activation_bits),
+        # An array multiplier of F × B bits has (F − 1) · (B − 1) adder cells.
+        "pe.multiplier_adders": (factor_bits - 1)
+        * (wide_lanes * (sum_bits - 1) + (lanes - wide_lanes) * (precision.activation_bits - 1)),
         "pe.tree_adder_bits": (lanes - trees) * tree_bits,
         "pe.accumulator_bits": 2 * g_o * precision.accumulator_bits,
-        "pe.accumulator_adder_bits": (trees if shared else g_o) * precision.accumulator_bits,
+        "pe.accumulator_adder_bits": (trees if shared else g_o * trees_of_output)
+        * precision.accumulator_bits,
         "pe.accumulator_select_bits": trees
         * outputs_of_tree
         * (2 * precision.accumulator_bits if shared else tree_bits),
@@ -182,10 +187,36 @@ def _pe_terms(machine: Machine) -> dict[str, float]:
         outputs_of_lane = -(-g_o // lanes)
         select_bits += wide_lanes * sum_bits * outputs_of_lane
         terms["pe.accumulator_select_bits"] += g_o * product_bits
-        terms["pe.sign_adder_bits"] = adders * sum_bits
-        terms["pe.sign_select_bits"] = (n - adders) * (precision.activation_bits + sum_bits)
-        terms["pe.held_sum_bits"] = g_o * sum_bits if _unified_cycles(machine) > 1 else 0
+        cycles = _unified_cycles(machine)
+        places, outputs = _adder_places(
+            array.block, adders, machine.weights.sign_port_bits, precision.magnitude_bits, cycles
+        )
+        held = g_o if cycles > 1 else 0
+        # The sum of an output: one addition fewer than lanes that can be told it, and one for the sum held from before.
+        terms["pe.sign_adder_bits"] = (outputs - g_o + held) * sum_bits
+        terms["pe.sign_select_bits"] = (places - adders) * precision.activation_bits
+        terms["pe.held_sum_bits"] = held * sum_bits
     return terms | {"pe.operand_select_bits": select_bits}
+
+
+@lru_cache(maxsize=256)
+def _adder_places(
+    block: tuple[int, int], adders: int, port_bits: int, magnitude_bits: int, cycles: int
+) -> tuple[int, int]:
+    """Weights of a block, and outputs, that each lane of the sign adders can be told; summed over the lanes.
+
+    As ``adder_places`` of hwsim/rtl/pe.sv: the lanes take the signs as the port brings them, behind the magnitude or before it.
+    """
+    weights = block[0] * block[1]
+    places = set()
+    for first_bits in (0, magnitude_bits):
+        added = 0
+        for cycle in range(1, cycles + 1):
+            signs = min(max(cycle * port_bits - first_bits, 0), weights)
+            taken = range(added, min(added + adders, signs))
+            places |= {(place - added, place) for place in taken}
+            added = taken.stop
+    return len(places), len({(lane, place // block[1]) for lane, place in places})
 
 
 def _unified_cycles(machine: Machine) -> int:

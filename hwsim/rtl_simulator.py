@@ -434,6 +434,7 @@ def _job(run: LayerRun, machine: Machine, inputs: NDArray[np.int64], stalls: Sta
             Problem(
                 "weights",
                 "streamed: one row tile does not fit half of the memories; the design has no ring buffers",
+                "larger [weights] memories, or more rows with them, so that a row tile fits half of each",
             )
         )
     if problems:

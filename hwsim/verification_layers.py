@@ -261,8 +261,8 @@ class LayerSpec:
         widest = precision.magnitude_bits if self.unified else precision.weight_bits
         bits = self._amplitude_bits(machine) + widest + math.log2(self.k * self.kernel**2) / 2
         beyond = max(min(bits, precision.accumulator_bits) - precision.activation_bits, 0)
-        # In a fifth of the channels the lowest bit of the sum moves the result.
-        dropped = np.where(rng.random(channels) < 0.2, 0, beyond + rng.integers(-3, 3, channels))
+        # In three tenths of the channels the lowest bit of the sum moves the result.
+        dropped = np.where(rng.random(channels) < 0.3, 0, beyond + rng.integers(-3, 3, channels))
         shift = np.clip(dropped + np.log2(np.abs(scale)), 0, 48).astype(np.int64)
         bias = rng.integers(-30, 30, channels)
         odd = rng.random(channels) < 0.1

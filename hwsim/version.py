@@ -4,5 +4,5 @@ from __future__ import annotations
 
 __all__ = ["MODEL_VERSION"]
 
-MODEL_VERSION = "3"
+MODEL_VERSION = "4"
 """Raised whenever a number that the simulator reports changes: results of an older model are not reused."""

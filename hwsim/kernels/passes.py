@@ -250,7 +250,7 @@ def _segment(n, begin, end, width, dense, config, work, out):  # type: ignore[no
                 continue
             step = (end - 2 - (entry >> _COLUMN_SHIFT) + window) // window
             scan_steps += step
-            scanned_at = room + step if step > 0 else pushed
+            scanned_at = room + step
             starved += max(scanned_at - is_free, 0)
             last = max(scanned_at, is_free)
             finish_sum += last

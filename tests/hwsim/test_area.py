@@ -122,9 +122,10 @@ def test_areas_of_the_reference_machine_by_hand(msa):
     gate_mm2 = 0.798e-6 / 0.7
     each = area_model()["coefficients"]
     # 4 multipliers of 9 × 11 bits; each takes one input, and the sum of one output
-    multipliers = 4 * 9 * 11 * each["pe.multiplier_bits2"] + 4 * 11 * each["pe.operand_select_bits"]
+    multipliers = 4 * 8 * 10 * each["pe.multiplier_adders"] + 4 * 11 * each["pe.operand_select_bits"]
     assert area["multipliers"] == pytest.approx(256 * multipliers * gate_mm2)
-    assert area["sign_adders"] == pytest.approx(256 * 16 * 11 * each["pe.sign_adder_bits"] * gate_mm2)
+    # four sums of four inputs, 11 bits
+    assert area["sign_adders"] == pytest.approx(256 * 12 * 11 * each["pe.sign_adder_bits"] * gate_mm2)
     # 3 adders of 20 + 2 bits
     assert area["dense_adder_tree"] == pytest.approx(256 * 3 * 22 * each["pe.tree_adder_bits"] * gate_mm2)
     # one tree of 22 bits and a product of 20 bits reach each of 4 outputs
@@ -201,9 +202,9 @@ def test_without_the_unified_path_the_multipliers_are_narrower(msa, technology):
     off = machine_area(msa.with_fields({"features.unified_path": False}), technology)
     on = machine_area(msa, technology)
     # 8 × 8 instead of 9 × 11 bits and no choice of operand; one accumulator adder instead of four
-    each = area_model()["coefficients"]["pe.multiplier_bits2"]
-    assert off["multipliers"] == pytest.approx(1024 * 64 * each * technology.nand2_um2 * 1e-6 / 0.7)
-    assert off["multipliers"] < on["multipliers"] * 64 / 99
+    each = area_model()["coefficients"]["pe.multiplier_adders"]
+    assert off["multipliers"] == pytest.approx(1024 * 49 * each * technology.nand2_um2 * 1e-6 / 0.7)
+    assert off["multipliers"] < on["multipliers"] * 49 / 80
     assert off["weight_broadcast"] < on["weight_broadcast"]
 
 

@@ -1,13 +1,19 @@
-"""Does the verification catch faults? A sample of the planted ones in every run, all of them in `hwsim mutants`."""
+"""Does the verification catch faults? A sample of the planted ones in every run, all of them in `hwsim mutants`.
+
+``docs/mutants.txt`` is what a complete run printed; ``python tests/rtl/test_mutants.py`` writes the table of it in
+docs/verification.md anew.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -28,6 +34,17 @@ from hwsim.mutation import (
     sample,
 )
 from hwsim.rtl_simulator import Mismatch, build, find_verilator
+
+DOCS = Path(__file__).parents[2] / "docs"
+BEGIN, END = "<!-- generated: begin -->\n", "<!-- generated: end -->"
+CATCHES = {
+    "cycles of a pass": r"(RTL|kernel) against oracle: (cycles of|\d+ segments)",
+    "another counter of a pass": r"(RTL|kernel) against oracle: ",
+    "an output": r"output \[",
+    "a step's end or transfers": r"end \d|step \d",
+    "a rule of the harness": "",
+}
+"""What catches a fault, by what the run says; the first that fits."""
 
 HARMLESS = RtlMutant(999, "front_end", "a number that no source has: nothing is planted")
 
@@ -156,3 +173,46 @@ def test_the_list_is_printed_without_a_build() -> None:
     result = CliRunner().invoke(cli, ["mutants", "--list"])
     assert result.exit_code == 0
     assert result.output.count("\n") == len(MUTANTS)
+
+
+def stored_run() -> dict[int, tuple[str, str, str]]:
+    """Of the stored run, by number: place and fault, and what caught it."""
+    run = {}
+    for line in (DOCS / "mutants.txt").read_text("utf-8").splitlines()[1:-1]:
+        run[int(line[:4])] = (line[6:25].strip(), line[27:97].strip(), line[107:])
+    return run
+
+
+def fault_table() -> str:
+    """Faults of the stored run by source and by what caught them, as Markdown."""
+    counts: dict[str, dict[str, int]] = {}
+    for place, _, caught in stored_run().values():
+        by = next(name for name, pattern in CATCHES.items() if re.match(pattern, caught))
+        row = counts.setdefault(place, dict.fromkeys(CATCHES, 0))
+        row[by] += 1
+    counts["**all**"] = {name: sum(row[name] for row in counts.values()) for name in CATCHES}
+    lines = [["planted in", "faults", *CATCHES], ["---"] * (2 + len(CATCHES))]
+    for place, row in counts.items():
+        shown = place if place.startswith("*") else f"`{place}`"
+        lines.append([shown, str(sum(row.values())), *(str(count or "") for count in row.values())])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def test_the_stored_run_caught_every_fault_of_the_list() -> None:
+    run = stored_run()
+    assert {number: row[:2] for number, row in run.items()} == {
+        mutant.number: (mutant.place, mutant.fault) for mutant in MUTANTS
+    }
+    assert not [number for number, row in run.items() if "SURVIVED" in row[2]]
+
+
+def test_the_table_in_the_documentation_is_that_of_the_stored_run() -> None:
+    """Where this fails: ``python tests/rtl/test_mutants.py``."""
+    text = (DOCS / "verification.md").read_text("utf-8")
+    assert text.split(BEGIN)[1].split(END)[0] == fault_table()
+
+
+if __name__ == "__main__":
+    page = DOCS / "verification.md"
+    before, rest = page.read_text("utf-8").split(BEGIN)
+    page.write_text(before + BEGIN + fault_table() + END + rest.split(END, 1)[1], "utf-8")

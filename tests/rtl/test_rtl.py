@@ -155,8 +155,8 @@ def test_random_layers_show_what_the_accumulators_hold(name: str) -> None:
         fine += int(open_range[exact].sum())
         total += outputs.size
     assert shown > 0.3 * total
-    # 0.4 % with accumulators of 13 bits, 1 % with others: tens of outputs in the layers that a machine is verified with.
-    assert fine > 0.003 * total
+    # 0.57 % with accumulators of 13 bits, 1 % with others: tens of outputs in the layers that a machine is verified with.
+    assert fine > 0.005 * total
 
 
 @needs_rtl
