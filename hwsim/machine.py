@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hwsim.errors import InputError, Problem, nearest_name
 
 __all__ = [
+    "NO_FEATURES",
     "ActivationBuffer",
     "Array",
     "Dram",
@@ -175,6 +176,10 @@ class Features(_Part):
     row_balance: Literal["none", "sorted"] = "none"
 
 
+NO_FEATURES = Features(skip_pruned=False, unified_path=False, row_balance="none")
+"""Of a dense machine: nothing is skipped, nothing unified, and rows that are alike need no order."""
+
+
 class TechnologyChoice(_Part):
     """The table of energies and areas: a name that ships with hwsim, or the path of a TOML file."""
 
@@ -244,25 +249,27 @@ class Machine(_Part):
         InputError
             A name is unknown (with the nearest one), or the result is not a valid machine.
         """
-        data = self.model_dump(mode="json")
+        # Parts that do not change are taken as they are, with what was worked out of them.
+        data: dict[str, Any] = {name: getattr(self, name) for name in self._names()}
         problems = []
         for dotted, value in changes.items():
-            part: Any = data
-            *parents, leaf = dotted.split(".")
-            for parent in parents:
-                part = part.get(parent) if isinstance(part, dict) else None
-            if not isinstance(part, dict) or leaf not in part or isinstance(part[leaf], dict):
+            name, _, leaf = dotted.partition(".")
+            part = data.get(name)
+            if isinstance(part, _Part):
+                part = data[name] = part.model_dump(mode="json")
+            if leaf and isinstance(part, dict) and leaf in part:
+                part[leaf] = value
+            elif not leaf and name in data and not isinstance(part, dict):
+                data[name] = value
+            else:
                 problems.append(Problem(dotted, "no such field", nearest_name(dotted, self.field_names())))
-                continue
-            part[leaf] = value
         if problems:
             raise InputError(f"machine {self.name}", problems)
         return parse_machine(data, f"machine {self.name}")
 
     def without_features(self) -> Machine:
-        """The dense machine with the same array: nothing is skipped, nothing unified, and rows that are alike need no order."""
-        off = Features(skip_pruned=False, unified_path=False, row_balance="none")
-        return self.model_copy(update={"features": off})
+        """The dense machine with the same array (`NO_FEATURES`)."""
+        return self.model_copy(update={"features": NO_FEATURES})
 
     @cached_property
     def logic_fields(self) -> tuple[Any, ...]:
