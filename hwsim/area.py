@@ -170,7 +170,7 @@ def memories(machine: Machine) -> dict[str, Memory]:
     return result
 
 
-@kept_by(Machine.static_fields_of)
+@kept_by(Machine.static_fields_of, limit=64)
 def built_memories(machine: Machine, technology: Technology) -> dict[str, tuple[Memory, MemoryMacro]]:
     """Each memory of `memories`, and one macro of it as the technology builds it."""
     memory_of = remembered(technology).memory

@@ -212,7 +212,7 @@ def energy_per_event(machine: Machine, technology: Technology) -> EnergyPerEvent
     return EnergyPerEvent(pj)
 
 
-@kept_by(Machine.static_fields_of)
+@kept_by(Machine.static_fields_of, limit=64)
 def _energy_without_rates(machine: Machine, technology: Technology) -> NDArray[np.float64]:
     """The table less the two entries that depend on clock and DRAM."""
     pj = _energy_without_memories(machine, technology).copy()

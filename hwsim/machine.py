@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -215,7 +215,7 @@ class Machine(_Part):
     @classmethod
     def _rate_is_a_short_decimal(cls, value: Any) -> Any:
         rate = value.gb_per_s if isinstance(value, Dram) else value
-        if Fraction(str(rate)).denominator > 10**6:
+        if not _is_short_decimal(rate):
             raise ValueError(f"{rate} has more than six decimals; exact cycle counts need a short decimal")
         return value
 
@@ -316,6 +316,11 @@ class Machine(_Part):
             f"<tr><td>{name}</td><td>{_lookup(self, name)}</td></tr>" for name in self.field_names()
         )
         return f"<table><caption>machine {self.name}</caption>{rows}</table>"
+
+
+@lru_cache(maxsize=4096)
+def _is_short_decimal(rate: float) -> bool:
+    return Fraction(str(rate)).denominator <= 10**6
 
 
 def _lookup(machine: Machine, dotted: str) -> Any:
