@@ -28,6 +28,7 @@ from hwsim.energy import CYCLES, DRAM_BITS, EVENTS, INPUT_BITS, StaticEnergy, le
 from hwsim.errors import FitError
 from hwsim.image import image_sizes
 from hwsim.kept import Kept
+from hwsim.kernels.passes import Executed, list_executed, run_executed
 from hwsim.kernels.steps import StepConfig, StepPlan
 from hwsim.kernels.totals import (
     Demand,
@@ -124,10 +125,14 @@ class _Plan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """A layer as the features, formats and shape of an array let it see, before any pass; and the schedules made of it."""
+    """A layer as the features, formats and shape of an array let it see, before any pass; and the schedules made of it.
+
+    ``executed`` is None on a dense machine, whose passes have a closed form.
+    """
 
     layer: Layer
     types: NDArray[np.uint8]
+    executed: Executed | None
     stored: StoredLayer
     demand: Demand
     weights: NDArray[np.int64]
@@ -215,7 +220,10 @@ class _KnownLayer:
         def count() -> _Passes:
             check_length(layer.shape.blocks(machine.array.block)[1], machine)
             held = self._held.find(design.held, lambda: _hold(layer, machine))
-            counters = pass_counters(held.types, held.stored.order, config, uniform=machine.is_dense)
+            if held.executed is None:
+                counters = pass_counters(held.types, held.stored.order, config, uniform=True)
+            else:
+                counters = run_executed(held.executed, held.stored.order, config)
             return _Passes(held, counters, Kept(_KEPT_PLANS))
 
         return self._passes.find((design.held, config), count)
@@ -429,7 +437,8 @@ def _hold(layer: Layer, machine: Machine) -> _Held:
     weights, constant = event_weights(blocks, native.shape, machine)
     return _Held(
         layer=native,
-        types=types if machine.is_dense else np.require(types, requirements=("C", "W")),
+        types=types,
+        executed=None if machine.is_dense else list_executed(np.require(types, requirements=("C", "W"))),
         stored=stored,
         demand=layer_demand(native.shape, stored, machine.array.columns, machine.precision.activation_bits),
         weights=weights,

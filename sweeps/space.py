@@ -24,6 +24,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -174,15 +175,7 @@ class MachineSpace(_Part):
     @model_validator(mode="after")
     def _axes_are_fields(self) -> MachineSpace:
         problems: list[Problem] = []
-        axes = {name: _axis_values(self.base, name, values, problems) for name, values in self.axes.items()}
-        for table in axes.get("technology.table", (self.base.technology.table,)):
-            try:
-                technology_digest(str(table))
-            except InputError as error:
-                problems += [
-                    Problem("machine.technology.table", f"{error.source}: {item.message}", item.hint)
-                    for item in error.problems
-                ]
+        axes = _stored_axes(self.base, self.axes, problems)
         if problems:
             raise InputError("machine", problems)
         object.__setattr__(self, "axes", axes)
@@ -242,7 +235,8 @@ class Space(_Part):
             super().__init__(**data)
         except ValidationError as error:
             # What pydantic checks last it has not looked at if a single field is wrong: every problem at once.
-            problems = dict.fromkeys([*validation_problems(error, Space), *_together_problems(data)])
+            later = (*_together_problems(data), *_machine_problems(data))
+            problems = dict.fromkeys([*validation_problems(error, Space), *later])
             raise InputError(f"space {data.get('name', 'sweep')}", list(problems)) from None
 
     @field_validator("hold", mode="before")
@@ -253,11 +247,7 @@ class Space(_Part):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Space:
         problems = _together_problems(dict(self))
-        base = self.machine.base
-        for rows in self.machine.axes.get("array.rows", (base.array.rows,)):
-            for text in self.blocks:
-                accumulators = rows * base.array.block[0]
-                problems += _row_problems(accumulators, _parse_block(text)[0], f"blocks: {text}")
+        problems += _blocks_problems(self.machine.base, self.machine.axes, self.blocks)
         if problems:
             raise InputError("space", problems)
         return self
@@ -585,8 +575,69 @@ def _row_problems(accumulators: int, g_o: int, field: str) -> list[Problem]:
     return [Problem(field, message, "block rows that divide: " + ", ".join(str(size) for size in divisors))]
 
 
+def _machine_problems(data: Mapping[str, Any]) -> list[Problem]:
+    """What machine and blocks of a space cannot show where some other field is wrong; the base machine may be wrong itself."""
+    given = data.get("machine", {})
+    if isinstance(given, MachineSpace):
+        base, axes = given.base, given.axes
+    elif isinstance(given, Mapping):
+        base, axes = given.get("base", "msa-16x16"), given.get("axes", {})
+    else:
+        return []
+    problems: list[Problem] = []
+    machine = _machine_of(base)
+    lists = {}
+    if isinstance(axes, Mapping):
+        lists = {name: tuple(values) for name, values in axes.items() if isinstance(values, list | tuple)}
+    lists = _stored_axes(machine, lists, problems)
+    blocks = data.get("blocks")
+    if machine is not None and isinstance(blocks, list | tuple):
+        problems += _blocks_problems(machine, lists, blocks)
+    return problems
+
+
+def _machine_of(base: Any) -> Machine | None:
+    """The base machine that a space gives, None where it is not a valid one."""
+    try:
+        return MachineSpace(base=base).base
+    except (ValidationError, InputError):
+        return None
+
+
+def _blocks_problems(
+    base: Machine, axes: Mapping[str, tuple[Any, ...]], blocks: Iterable[Any]
+) -> list[Problem]:
+    """Block shapes that the accumulators of the machines do not divide by."""
+    problems = []
+    for rows in axes.get("array.rows", (base.array.rows,)):
+        for text in blocks:
+            try:
+                g_o, _ = _parse_block(text)
+            except (TypeError, ValueError):  # told where blocks are checked one by one
+                continue
+            problems += _row_problems(rows * base.array.block[0], g_o, f"blocks: {text}")
+    return problems
+
+
+def _stored_axes(
+    base: Machine | None, axes: Mapping[str, tuple[Any, ...]], problems: list[Problem]
+) -> dict[str, tuple[Any, ...]]:
+    """The axes with values as the machine stores them; without a base machine each value is checked by itself."""
+    stored = {name: _axis_values(base, name, values, problems) for name, values in axes.items()}
+    own = () if base is None else (base.technology.table,)
+    for table in stored.get("technology.table", own):
+        try:
+            technology_digest(str(table))
+        except InputError as error:
+            problems += [
+                Problem("machine.technology.table", f"{error.source}: {item.message}", item.hint)
+                for item in error.problems
+            ]
+    return stored
+
+
 def _axis_values(
-    base: Machine, name: str, values: tuple[Any, ...], problems: list[Problem]
+    base: Machine | None, name: str, values: tuple[Any, ...], problems: list[Problem]
 ) -> tuple[Any, ...]:
     """The values as the machine stores them (a rate of ``6`` becomes ``6.0``), for equal keys."""
     field = f"machine.axes.{name}"
@@ -601,15 +652,31 @@ def _axis_values(
     stored = []
     for value in values:
         try:
-            resolved: Any = base.with_fields({name: value}).model_dump(mode="json")
+            stored.append(_stored_value(base, name, value))
         except InputError as error:
             problems += [Problem(f"{field}: {value!r}", item.message, item.hint) for item in error.problems]
-            continue
-        for part in name.split("."):
-            resolved = resolved[part]
-        stored.append(resolved)
     problems += _twice(field, stored)
     return tuple(stored)
+
+
+def _stored_value(base: Machine | None, name: str, value: Any) -> Any:
+    """What a machine makes of the value of a field.
+
+    Raises
+    ------
+    InputError
+        The value is not one of the field, or the base machine with it is not valid.
+    """
+    part, _, leaf = name.rpartition(".")
+    if base is not None:
+        changed: Any = base.with_fields({name: value})
+        return changed.model_dump(mode="json")[part][leaf] if part else getattr(changed, leaf)
+    info = (Machine.model_fields[part].annotation if part else Machine).model_fields[leaf]
+    try:
+        return TypeAdapter(Annotated[info.annotation, Field(), *info.metadata]).validate_python(value)
+    except ValidationError as error:
+        problems = validation_problems(error, Machine)
+        raise InputError("machine", [Problem(name, item.message, item.hint) for item in problems]) from None
 
 
 def _twice(field: str, values: Iterable[Any]) -> list[Problem]:
