@@ -268,7 +268,9 @@ def logic_area_mm2(machine: Machine, technology: Technology) -> float:
 def leakage_mw(machine: Machine, technology: Technology) -> float:
     """Leakage power of logic and memories in mW; nothing is switched off."""
     cells_mm2 = _cells_um2(machine, technology) * 1e-6
-    memory_mw = sum(memory.macros * macro.leakage_mw for memory, macro in built_memories(machine, technology).values())
+    memory_mw = sum(
+        memory.macros * macro.leakage_mw for memory, macro in built_memories(machine, technology).values()
+    )
     return cells_mm2 * technology.leakage_mw_per_mm2 + memory_mw
 
 

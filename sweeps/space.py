@@ -15,16 +15,15 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -33,6 +32,8 @@ from pydantic import (
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.machine import Machine, load_machine, preset_names, validation_problems
 from hwsim.version import MODEL_VERSION
+from sweeps.axes import stored_axes, technology_digest, twice
+from sweeps.block_machine import LARGEST_BLOCK, Hold, machine_for_block, row_problems
 
 __all__ = [
     "METHOD_VERSION",
@@ -51,16 +52,10 @@ __all__ = [
 METHOD_VERSION = "2"
 """Raised whenever training or compression changes what it makes of the same inputs; part of every key."""
 
-Hold = Literal["lanes", "area"]
-"""What stays fixed when the machine follows the block shape; see `machine_for_block`."""
-
 Exempt = Literal["first_and_last", "none"]
 Images = Annotated[int, Field(strict=True, ge=1, le=10**9)]
 Epochs = Annotated[int, Field(strict=True, ge=0, le=100_000)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-
-_LARGEST_BLOCK = 256
-_MOST_COLUMNS = 4096
 
 
 def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -77,8 +72,8 @@ def _plain_block(text: str) -> str:
 def _parse_block(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text, re.ASCII)
     sizes = tuple(int(size) for size in match.groups()) if match else ()
-    if len(sizes) != 2 or not all(1 <= size <= _LARGEST_BLOCK for size in sizes):
-        raise ValueError(f'must be "OUTPUTSxREDUCTION", each 1 to {_LARGEST_BLOCK}, for example "4x4"')
+    if len(sizes) != 2 or not all(1 <= size <= LARGEST_BLOCK for size in sizes):
+        raise ValueError(f'must be "OUTPUTSxREDUCTION", each 1 to {LARGEST_BLOCK}, for example "4x4"')
     return sizes[0], sizes[1]
 
 
@@ -175,7 +170,7 @@ class MachineSpace(_Part):
     @model_validator(mode="after")
     def _axes_are_fields(self) -> MachineSpace:
         problems: list[Problem] = []
-        axes = _stored_axes(self.base, self.axes, problems)
+        axes = stored_axes(self.base, self.axes, problems)
         if problems:
             raise InputError("machine", problems)
         object.__setattr__(self, "axes", axes)
@@ -419,70 +414,6 @@ class Point:
         }
 
 
-def machine_for_block(
-    base: Machine, block: tuple[int, int], hold: Hold, area_mm2: Callable[[Machine], float]
-) -> Machine:
-    """The machine that a block shape is evaluated on.
-
-    The native block becomes ``block`` and the rows follow, so that accumulators per column (``rows × g_o``)
-    stay constant.
-
-    Parameters
-    ----------
-    base : Machine
-    block : tuple of int
-        ``(g_o, g_k)``.
-    hold : {"lanes", "area"}
-        ``"lanes"``: lanes per PE, ports per row and columns stay as they are. ``"area"``: the columns are the
-        largest number whose machine is within the area of ``base``; with the block of ``base`` that is ``base``.
-    area_mm2 : callable
-        Area of a machine; it must not fall as columns are added. Not called for ``"lanes"``.
-
-    Raises
-    ------
-    InputError
-        The accumulators do not divide by g_o, not even one column fits the area, or the result is not a valid
-        machine.
-    """
-    source = f"machine {base.name} at block {block[0]}x{block[1]}"
-    if hold not in get_args(Hold):
-        raise InputError(source, Problem("hold", f"found {hold!r}", nearest_name(str(hold), get_args(Hold))))
-    accumulators = base.array.rows * base.array.block[0]
-    if problems := _row_problems(accumulators, block[0], "array.block"):
-        raise InputError(source, problems)
-    changes = {"array.block": list(block), "array.rows": accumulators // block[0]}
-    if hold == "lanes" or block == base.array.block:
-        return base.with_fields(changes)
-    budget = area_mm2(base)
-
-    def with_columns(columns: int) -> Machine:
-        return base.with_fields(changes | {"array.columns": columns})
-
-    def fit(columns: int) -> bool:
-        try:
-            return area_mm2(with_columns(columns)) <= budget
-        except InputError:  # a word of so many columns no longer fits the operand store
-            return False
-
-    smallest = area_mm2(with_columns(1))
-    if smallest > budget:
-        problem = Problem(
-            "array.columns",
-            f"one column alone has {smallest:.4g} mm², {smallest - budget:.3g} mm² more than the "
-            f"{budget:.4g} mm² of the base machine",
-            'hold = "lanes", fewer lanes per PE, or a block with more output channels',
-        )
-        raise InputError(source, problem)
-    fits, too_many = 1, _MOST_COLUMNS + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if fit(middle):
-            fits = middle
-        else:
-            too_many = middle
-    return with_columns(fits)
-
-
 def parse_space(
     data: dict[str, Any],
     source: str,
@@ -552,7 +483,7 @@ def _together_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems = []
     for field in ("networks", "blocks", "ratios", "hold", "seeds"):
         values = data.get(field)
-        problems += _twice(field, values if isinstance(values, list | tuple) else ())
+        problems += twice(field, values if isinstance(values, list | tuple) else ())
     given = [data.get(field) is not None for field in ("training", "random")]
     if given[0] == given[1]:
         found = "both are given" if given[0] else "neither is given"
@@ -565,14 +496,6 @@ def _of_base(problem: Problem, source: str) -> Problem:
     """A problem of the machine file, told as one of the space that names the file."""
     where = f"{source}: {problem.field}" if problem.field else source
     return Problem("machine.base", f"{where}: {problem.message}", problem.hint)
-
-
-def _row_problems(accumulators: int, g_o: int, field: str) -> list[Problem]:
-    if accumulators % g_o == 0:
-        return []
-    divisors = [size for size in range(1, _LARGEST_BLOCK + 1) if accumulators % size == 0]
-    message = f"{accumulators} accumulators per column (rows × block rows) do not divide by {g_o} block rows"
-    return [Problem(field, message, "block rows that divide: " + ", ".join(str(size) for size in divisors))]
 
 
 def _machine_problems(data: Mapping[str, Any]) -> list[Problem]:
@@ -589,7 +512,7 @@ def _machine_problems(data: Mapping[str, Any]) -> list[Problem]:
     lists = {}
     if isinstance(axes, Mapping):
         lists = {name: tuple(values) for name, values in axes.items() if isinstance(values, list | tuple)}
-    lists = _stored_axes(machine, lists, problems)
+    lists = stored_axes(machine, lists, problems)
     blocks = data.get("blocks")
     if machine is not None and isinstance(blocks, list | tuple):
         problems += _blocks_problems(machine, lists, blocks)
@@ -615,95 +538,14 @@ def _blocks_problems(
                 g_o, _ = _parse_block(text)
             except (TypeError, ValueError):  # told where blocks are checked one by one
                 continue
-            problems += _row_problems(rows * base.array.block[0], g_o, f"blocks: {text}")
+            problems += row_problems(rows * base.array.block[0], g_o, f"blocks: {text}")
     return problems
-
-
-def _stored_axes(
-    base: Machine | None, axes: Mapping[str, tuple[Any, ...]], problems: list[Problem]
-) -> dict[str, tuple[Any, ...]]:
-    """The axes with values as the machine stores them; without a base machine each value is checked by itself."""
-    stored = {name: _axis_values(base, name, values, problems) for name, values in axes.items()}
-    own = () if base is None else (base.technology.table,)
-    for table in stored.get("technology.table", own):
-        try:
-            technology_digest(str(table))
-        except InputError as error:
-            problems += [
-                Problem("machine.technology.table", f"{error.source}: {item.message}", item.hint)
-                for item in error.problems
-            ]
-    return stored
-
-
-def _axis_values(
-    base: Machine | None, name: str, values: tuple[Any, ...], problems: list[Problem]
-) -> tuple[Any, ...]:
-    """The values as the machine stores them (a rate of ``6`` becomes ``6.0``), for equal keys."""
-    field = f"machine.axes.{name}"
-    if name in ("array.block", "name"):
-        problems.append(Problem(field, "cannot be an axis", "list block shapes under `blocks`"))
-        return values
-    if name not in Machine.field_names():
-        problems.append(Problem(field, "no such machine field", nearest_name(name, Machine.field_names())))
-        return values
-    if not values:
-        problems.append(Problem(field, "empty, at least one value is needed"))
-    stored = []
-    for value in values:
-        try:
-            stored.append(_stored_value(base, name, value))
-        except InputError as error:
-            problems += [Problem(f"{field}: {value!r}", item.message, item.hint) for item in error.problems]
-    problems += _twice(field, stored)
-    return tuple(stored)
-
-
-def _stored_value(base: Machine | None, name: str, value: Any) -> Any:
-    """What a machine makes of the value of a field.
-
-    Raises
-    ------
-    InputError
-        The value is not one of the field, or the base machine with it is not valid.
-    """
-    part, _, leaf = name.rpartition(".")
-    if base is not None:
-        changed: Any = base.with_fields({name: value})
-        return changed.model_dump(mode="json")[part][leaf] if part else getattr(changed, leaf)
-    info = (Machine.model_fields[part].annotation if part else Machine).model_fields[leaf]
-    try:
-        return TypeAdapter(Annotated[info.annotation, Field(), *info.metadata]).validate_python(value)
-    except ValidationError as error:
-        problems = validation_problems(error, Machine)
-        raise InputError("machine", [Problem(name, item.message, item.hint) for item in problems]) from None
-
-
-def _twice(field: str, values: Iterable[Any]) -> list[Problem]:
-    listed = list(values)
-    repeated = [value for i, value in enumerate(listed) if value in listed[:i]]
-    return [Problem(field, f"{value!r} is listed twice", "every value once") for value in repeated]
 
 
 def _unknown(field: str, found: Iterable[Any], allowed: Iterable[str]) -> list[Problem]:
     names = list(allowed)
     missing = [str(name) for name in found if name not in names]
     return [Problem(field, f'unknown name "{name}"', nearest_name(name, names)) for name in missing]
-
-
-def technology_digest(table: str) -> str:
-    """Digest of the resolved technology table: a file may change under the same name."""
-    path = Path(table)
-    status = path.stat() if path.is_file() else None
-    return _resolved_technology_digest(table, status and (status.st_mtime_ns, status.st_size))
-
-
-@lru_cache(maxsize=64)
-def _resolved_technology_digest(table: str, stamp: tuple[int, int] | None) -> str:
-    """The same, kept for as long as the file keeps its ``stamp`` of time and size."""
-    from hwsim.technology import load_technology
-
-    return hashlib.sha256(load_technology(table).to_json().encode()).hexdigest()
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -21,7 +21,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["MAX_BANKS", "MAX_BLOCK_COLUMNS", "Executed", "PassConfig", "list_executed", "run_executed", "run_passes"]
+__all__ = [
+    "MAX_BANKS",
+    "MAX_BLOCK_COLUMNS",
+    "Executed",
+    "PassConfig",
+    "list_executed",
+    "run_executed",
+    "run_passes",
+]
 
 N_COUNTERS = 13
 MAX_BANKS = 4096
@@ -57,8 +65,8 @@ class PassConfig(NamedTuple):
 class Executed(NamedTuple):
     """The blocks of a layer that are not pruned: what is the same for all machines that see its types alike.
 
-    ``begin``: int64 ``[G, Mb + 1]`` where each block row begins in ``blocks``; ``blocks``: int32 ``[any]`` twice the block column,
-    plus 1 if the block is dense, ascending within a row; ``k_blocks``: block columns of the layer.
+    ``begin``: int64 ``[G, Mb + 1]`` where each block row begins in ``blocks``; ``blocks``: int32 ``[any]`` twice the block
+    column, plus 1 if the block is dense, ascending within a row; ``k_blocks``: block columns of the layer.
     """
 
     begin: NDArray
@@ -68,7 +76,7 @@ class Executed(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def list_executed(types):  # type: ignore[no-untyped-def]
-    """The `Executed` blocks of ``types``: uint8 ``[G, Mb, Kb]`` after feature conversion, at most `MAX_BLOCK_COLUMNS` columns."""
+    """The `Executed` blocks of ``types``: uint8 ``[G, Mb, Kb]`` after feature conversion."""
     groups, m_blocks, k_blocks = types.shape
     begin = np.empty((groups, m_blocks + 1), np.int64)
     total = np.int64(0)

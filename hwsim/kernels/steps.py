@@ -495,10 +495,10 @@ def work_of_passes(cycles, channels, k_blocks, spans, config):  # type: ignore[n
     for i in range(n):
         group, t0, t1, start, positions = spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3], spans[i, 4]
         column_tiles = (positions + config.columns - 1) // config.columns
-        tile = 0
+        tile = np.int64(0)
         while tile < column_tiles:
             # All column tiles but the first and the last do the same: they are looked at once.
-            alike = column_tiles - 2 if tile == 1 and column_tiles > 2 else 1
+            alike = max(column_tiles - 2, np.int64(1)) if tile == 1 else np.int64(1)
             live_columns = min(config.columns, positions - tile * config.columns)
             for t in range(t0, t1):
                 total = np.int64(0)
@@ -530,7 +530,7 @@ def work_of_passes(cycles, channels, k_blocks, spans, config):  # type: ignore[n
                     work[i, 0] += alike * own
                     work[i, 1] += alike * max(next_fill - own, 0)
                     total += max(own, next_fill)
-                work[i, 2] += alike * max(drain - total, 0)
+                work[i, 2] += alike * max(drain - total, np.int64(0))
                 outputs = channels[group, t] * live_columns
                 drain = (outputs + config.drain_words - 1) // config.drain_words
             tile += alike

@@ -183,8 +183,8 @@ def classes_of_phases(work, moved):  # type: ignore[no-untyped-def]
 class Schedule(NamedTuple):
     """Steps and transfers of a layer in both loop orders, weights outer first, one behind the other.
 
-    ``counts``: int64 ``[2, 2]`` steps and transfers of each. ``spans``, ``moved``: as `hwsim.kernels.steps.moves_of_steps` gives
-    them. ``passes``: int64 ``[2, G, T]``. ``loaded_bytes``: int64 ``[2, 4]`` into each weight memory.
+    ``counts``: int64 ``[2, 2]`` steps and transfers of each. ``spans``, ``moved``: as `hwsim.kernels.steps.moves_of_steps`
+    gives them. ``passes``: int64 ``[2, G, T]``. ``loaded_bytes``: int64 ``[2, 4]`` into each weight memory.
     """
 
     counts: np.ndarray
