@@ -51,6 +51,8 @@ __all__ = ["SCHEMA_VERSION", "TABLES", "ResultStore"]
 _ORDER = ("network", "block_rows", "block_columns", "pruned", "unified", "hold", "machine", "seed", "key")
 _PARTS_TO_MERGE = 64
 _LARGE_BYTES = 64 * 2**20
+_WORTH_MERGING_BYTES = 4 * 2**20
+"""Smaller parts are merged, into parts of at most the former; to write larger ones again costs more than they cost a reader."""
 _TRIES = 5
 Result = TypeVar("Result")
 
@@ -426,7 +428,7 @@ class ResultStore:
         files = {name: self._parts(name) for name in TABLES}
         for batch in sorted(self._seen & files["points"].keys()):
             size_bytes = sum(paths[batch].stat().st_size for paths in files.values() if batch in paths)
-            if size_bytes >= _LARGE_BYTES:
+            if size_bytes >= _WORTH_MERGING_BYTES:
                 continue
             if group_bytes + size_bytes > _LARGE_BYTES:
                 groups.append([])

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from hwsim.errors import Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hwsim.report import Report
 
 __all__ = [
     "DETAILS",
@@ -16,6 +21,7 @@ __all__ = [
     "TABLES",
     "checked_table",
     "concat",
+    "detail_frames",
     "fit_together",
     "table_of_rows",
     "without",
@@ -187,3 +193,10 @@ def without(table: pa.Table, keys: Collection[str]) -> pa.Table:
     if not keys:
         return table
     return table.filter(pc.invert(pc.is_in(table["key"], pa.array(keys, _STR))))
+
+
+def detail_frames(key: str, report: Report) -> dict[str, pd.DataFrame]:
+    """The rows of a point in the detail tables."""
+    layers = report.layers.assign(utilization=report.layers["pe_utilization"])
+    frames = {"layers": layers, "energy": report.energy, "storage": report.storage}
+    return {name: frame.assign(key=key)[list(TABLES[name])] for name, frame in frames.items()}

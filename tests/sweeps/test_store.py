@@ -396,7 +396,7 @@ def test_large_parts_are_left_alone(tmp_path, monkeypatch):
         for number in range(4):
             append(store, number)
     names = parts(tmp_path)
-    monkeypatch.setattr(sweeps.store, "_LARGE_BYTES", 1)
+    monkeypatch.setattr(sweeps.store, "_WORTH_MERGING_BYTES", 1)
     store.compact()
     assert parts(tmp_path) == names
 
