@@ -36,7 +36,6 @@ __all__ = [
     "logic_area_mm2",
     "machine_area",
     "memories",
-    "memory_macros",
     "register_bits",
 ]
 
@@ -178,11 +177,6 @@ def built_memories(machine: Machine, technology: Technology) -> dict[str, tuple[
         name: (memory, memory_of(memory.capacity_bits, memory.port_bits))
         for name, memory in memories(machine).items()
     }
-
-
-def memory_macros(machine: Machine, technology: Technology) -> dict[str, MemoryMacro]:
-    """One macro of each memory of `memories`, as the technology builds it."""
-    return {name: macro for name, (_, macro) in built_memories(machine, technology).items()}
 
 
 @kept_by(Machine.logic_fields_of)
