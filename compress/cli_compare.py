@@ -75,9 +75,11 @@ def compare(
     """
     import json
 
-    from compress.cli_hardware import is_file, network_layers, parse_block, write_tables
+    from compress.cli_hardware import random_map, write_tables
+    from compress.subjects import is_file, load_subject
     from hwsim.comparison import compare as run
     from hwsim.errors import InputError, Problem
+    from hwsim.files import write_atomically
     from hwsim.machine import load_machine
 
     if as_json and as_csv:
@@ -91,21 +93,22 @@ def compare(
                 "give a compressed model file, or leave --weights out",
             ),
         )
-    chosen = load_machine(machine)
-    shape = parse_block(block) if block else chosen.array.block
-    name, layers = network_layers(model, shape, pruned, unified, seed, batch, all_layers)
+    subject = load_subject(
+        model, load_machine(machine), random_map(block, pruned, unified, all_layers, seed), batch
+    )
     with _progress_bar() as progress:
         found = run(
-            chosen,
-            layers,
-            network=name,
+            subject.machine,
+            subject.layers,
+            network=subject.network,
             baselines=baselines or None,
-            weights=None if weights is None else _dense_weights(weights, layers),
+            weights=None if weights is None else _dense_weights(weights, subject.layers),
             seed=seed,
             progress=progress,
         )
     if out is not None:
         write_tables(found, ("machines", "layers"), out)
+        write_atomically(out / "report.json", json.dumps(found.to_dict(), indent=1).encode())
     if as_json:
         click.echo(json.dumps(found.to_dict()))
     elif as_csv:

@@ -10,13 +10,11 @@ import click
 
 if TYPE_CHECKING:
     from compress.subjects import RandomMap
-    from hwsim.layer import Layer, LayerShape
+    from hwsim.layer import LayerShape
     from hwsim.report import Report
 
 __all__ = [
-    "is_file",
     "map_options",
-    "network_layers",
     "parse_block",
     "random_map",
     "simulate",
@@ -103,38 +101,11 @@ def simulate(
     report = load_subject(model, load_machine(machine), random_map(**map_settings), batch).simulate()
     if out is not None:
         write_tables(report, ("layers", "energy", "storage", "area"), out)
+        report.save(out / "report.json")
     if as_json:
         click.echo(json.dumps(report.to_dict()))
     else:
         _print_report(report)
-
-
-def network_layers(
-    model: str,
-    block: tuple[int, int],
-    pruned: float,
-    unified: float,
-    seed: int,
-    batch: int,
-    all_layers: bool,
-) -> tuple[str, list[Layer]]:
-    """``(name, layers)`` of a compressed model file, or of a network of the zoo with random block maps."""
-    if is_file(model):
-        from compress.artifact import load_artifact
-
-        return Path(model).name, load_artifact(model).layers(batch)
-    from compress.zoo_shapes import zoo_shapes
-    from hwsim.layer import random_layers
-
-    layers = random_layers(
-        zoo_shapes(model, batch), block, pruned, unified, seed, exempt_first_last=not all_layers
-    )
-    return model, layers
-
-
-def is_file(model: str) -> bool:
-    """Whether a MODEL argument means a file, not a network of the zoo."""
-    return Path(model).suffix == ".safetensors" or Path(model).exists()
 
 
 def _print_report(report: Report) -> None:
@@ -158,15 +129,12 @@ def _print_report(report: Report) -> None:
 
 
 def write_tables(result: Any, names: Sequence[str], folder: Path) -> None:
-    """Write the tables of a result as CSV and all of it as ``report.json``."""
-    import json
-
+    """Write tables of a result as CSV."""
     from hwsim.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         write_atomically(folder / f"{name}.csv", getattr(result, name).to_csv(index=False).encode())
-    write_atomically(folder / "report.json", json.dumps(result.to_dict(), indent=1).encode())
 
 
 @click.command(

@@ -19,7 +19,15 @@ from hwsim.machine import Machine
 if TYPE_CHECKING:
     from hwsim.report import Report
 
-__all__ = ["RandomMap", "Subject", "file_subject", "load_subject", "network_subject", "report_subject"]
+__all__ = [
+    "RandomMap",
+    "Subject",
+    "file_subject",
+    "is_file",
+    "load_subject",
+    "network_subject",
+    "report_subject",
+]
 
 
 @dataclass(frozen=True)
@@ -76,9 +84,14 @@ def load_subject(model: str, machine: Machine, random_map: RandomMap, batch: int
     InputError
         There is neither, or the file is damaged.
     """
-    if Path(model).suffix == ".safetensors" or Path(model).exists():
+    if is_file(model):
         return file_subject(model, machine, batch)
     return network_subject(model, machine, random_map, batch)
+
+
+def is_file(model: str) -> bool:
+    """Whether the name of a model means a file, not a network of the zoo."""
+    return Path(model).suffix == ".safetensors" or Path(model).exists()
 
 
 def network_subject(network: str, machine: Machine, random_map: RandomMap, batch: int = 1) -> Subject:

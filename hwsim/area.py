@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel
 
 from hwsim.gates import INDEX_BITS, area_model, component_gates, log2_ceil
-from hwsim.kept import Kept, kept_by
-from hwsim.machine import MAX_KIB, MAX_ROWS, Machine
+from hwsim.kept import kept_by
+from hwsim.machine import MAX_KIB, MAX_ROWS, NO_FEATURES, Machine
 from hwsim.technology import MemoryMacro, Technology, remembered
 
 __all__ = [
@@ -25,6 +28,7 @@ __all__ = [
     "Datapath",
     "Memory",
     "array_geometry",
+    "built_memories",
     "datapath",
     "dense_at_equal_area",
     "leakage_mw",
@@ -32,7 +36,6 @@ __all__ = [
     "logic_area_mm2",
     "machine_area",
     "memories",
-    "memory_macros",
     "register_bits",
 ]
 
@@ -66,8 +69,10 @@ OPERAND_SETS = 2  # the operand that was fetched, and the one that the PE works 
 ACCUMULATOR_SETS = 2  # the pass that computes, and the one that drains
 
 
-@dataclass(frozen=True)
-class Memory:
+Part = TypeVar("Part", bound=BaseModel)
+
+
+class Memory(NamedTuple):
     """Memory macros of one kind: how many, and the capacity and port width of each, in bits."""
 
     macros: int
@@ -164,12 +169,12 @@ def memories(machine: Machine) -> dict[str, Memory]:
     return result
 
 
-@kept_by(Machine.static_fields_of)
-def memory_macros(machine: Machine, technology: Technology) -> dict[str, MemoryMacro]:
-    """One macro of each memory of `memories`, as the technology builds it."""
-    technology = remembered(technology)
+@kept_by(Machine.static_fields_of, limit=64)
+def built_memories(machine: Machine, technology: Technology) -> dict[str, tuple[Memory, MemoryMacro]]:
+    """Each memory of `memories`, and one macro of it as the technology builds it."""
+    memory_of = remembered(technology).memory
     return {
-        name: technology.memory(memory.capacity_bits, memory.port_bits)
+        name: (memory, memory_of(memory.capacity_bits, memory.port_bits))
         for name, memory in memories(machine).items()
     }
 
@@ -223,12 +228,20 @@ def machine_area(machine: Machine, technology: Technology) -> dict[str, float]:
     technology : Technology
     """
     area = dict.fromkeys(AREA_COMPONENTS, 0.0)
-    for name, part in _logic(machine, technology).items():
-        area[name] = _placed_mm2(part.cell_um2, technology)
-    macros = memory_macros(machine, technology)
-    for name, memory in memories(machine).items():
-        area[name] = memory.macros * macros[name].area_mm2
+    area.update(_logic_mm2(machine, technology))
+    area.update(_memory_mm2(machine, technology))
     return area
+
+
+@kept_by(Machine.logic_fields_of)
+def _logic_mm2(machine: Machine, technology: Technology) -> dict[str, float]:
+    parts = _logic(machine, technology)
+    return {name: _placed_mm2(part.cell_um2, technology) for name, part in parts.items()}
+
+
+def _memory_mm2(machine: Machine, technology: Technology) -> dict[str, float]:
+    built = built_memories(machine, technology)
+    return {name: memory.macros * macro.area_mm2 for name, (memory, macro) in built.items()}
 
 
 def register_bits(machine: Machine, technology: Technology) -> int:
@@ -236,19 +249,26 @@ def register_bits(machine: Machine, technology: Technology) -> int:
     return sum(part.register_bits for part in _logic(machine, technology).values())
 
 
+@kept_by(Machine.logic_fields_of)
+def _cells_um2(machine: Machine, technology: Technology) -> float:
+    return sum(part.cell_um2 for part in _logic(machine, technology).values())
+
+
 def logic_area_mm2(machine: Machine, technology: Technology) -> float:
     """Placed area of everything but the memories."""
-    return _placed_mm2(sum(part.cell_um2 for part in _logic(machine, technology).values()), technology)
+    return _placed_mm2(_cells_um2(machine, technology), technology)
 
 
 def leakage_mw(machine: Machine, technology: Technology) -> float:
     """Leakage power of logic and memories in mW; nothing is switched off."""
-    macros = memory_macros(machine, technology)
-    cells_mm2 = sum(part.cell_um2 for part in _logic(machine, technology).values()) * 1e-6
-    memory_mw = sum(memory.macros * macros[name].leakage_mw for name, memory in memories(machine).items())
+    cells_mm2 = _cells_um2(machine, technology) * 1e-6
+    memory_mw = sum(
+        memory.macros * macro.leakage_mw for memory, macro in built_memories(machine, technology).values()
+    )
     return cells_mm2 * technology.leakage_mw_per_mm2 + memory_mw
 
 
+@kept_by(Machine.logic_fields_of)
 def array_geometry(machine: Machine, technology: Technology) -> ArrayGeometry:
     """Height and width of the PE array; its wires are charged by these lengths.
 
@@ -286,54 +306,48 @@ def dense_at_equal_area(machine: Machine, technology: Technology) -> Machine:
         return machine
     technology = remembered(technology)
     budget_mm2 = sum(machine_area(machine, technology).values())
-    row_bytes = int(machine.weights.dense_kib * 1024) // machine.array.rows
+    first, row_bytes = machine.array.rows, int(machine.weights.dense_kib * 1024) // machine.array.rows
+    memories_mm2 = _memory_mm2(_dense_machine(machine, first, row_bytes), technology)
+    row_memory_mm2 = built_memories(machine, technology)["dense_memory"][1].area_mm2
+    # the machine description ends here
+    most = max(min(MAX_ROWS, MAX_KIB * 1024 // row_bytes), first)
 
-    @cache
-    def fits(rows: int) -> bool:
-        if rows > MAX_ROWS or rows * row_bytes > MAX_KIB * 1024:  # the machine description ends here
-            return False
-        larger = _dense_machine(machine, rows, row_bytes)
-        return sum(machine_area(larger, technology).values()) <= budget_mm2
+    def area_mm2(rows: int) -> float:
+        """Of the dense machine with so many rows: its memories are those of the smallest, less the rows' own."""
+        area = dict.fromkeys(AREA_COMPONENTS, 0.0)
+        area.update(_dense_logic_mm2(machine, technology, rows))
+        area.update(memories_mm2, dense_memory=rows * row_memory_mm2)
+        return sum(area.values())
 
-    # Every row brings the same area, so a straight line says where to look, and a look around says exactly. Machines that
-    # differ in memories alone mostly end at the same row.
-    key = (machine.logic_fields, technology)
-    rows = _LIKELY_ROWS.get(key, machine.array.rows)
-    if not fits(rows) or fits(rows + 1):
-        smallest_mm2 = sum(
-            machine_area(_dense_machine(machine, machine.array.rows, row_bytes), technology).values()
-        )
-        more = int((budget_mm2 - smallest_mm2) / _row_mm2(machine, technology, row_bytes))
-        rows = min(machine.array.rows + max(more, 0), MAX_ROWS)
-    while rows > machine.array.rows and not fits(rows):
+    # Every row brings about the same area, so a straight line says where to look, and a look around says exactly.
+    smallest_mm2 = area_mm2(first)
+    row_mm2 = area_mm2(first + 1) - smallest_mm2
+    rows = min(max(first + int((budget_mm2 - smallest_mm2) / row_mm2), first), most)
+    while rows > first and area_mm2(rows) > budget_mm2:
         rows -= 1
-    while fits(rows + 1):
+    while rows < most and area_mm2(rows + 1) <= budget_mm2:
         rows += 1
-    _LIKELY_ROWS.find(key, lambda: rows)
     return _dense_machine(machine, rows, row_bytes)
 
 
-_LIKELY_ROWS = Kept(1024)
-"""Where to look first in `dense_at_equal_area`; what it finds does not depend on it."""
-
-
 @kept_by(Machine.logic_fields_of)
-def _row_mm2(machine: Machine, technology: Technology, row_bytes: int) -> float:
-    """About what a row adds to the dense machine of `dense_at_equal_area`."""
-    rows = machine.array.rows
-    smaller, larger = (
-        sum(machine_area(_dense_machine(machine, count, row_bytes), technology).values())
-        for count in (rows, rows + 1)
-    )
-    return larger - smaller
+def _dense_logic_mm2(machine: Machine, technology: Technology, rows: int) -> dict[str, float]:
+    """Logic of the dense machine with so many rows; their memories do not matter."""
+    return _logic_mm2(_dense_machine(machine, rows, 1), technology)
 
 
 def _dense_machine(machine: Machine, rows: int, row_bytes: int) -> Machine:
-    dense = machine.without_features()
     parts = {
         "name": f"{machine.name[:180]} dense, {rows} rows",
-        "array": machine.array.model_copy(update={"rows": rows}),
-        "operand_store": machine.operand_store.model_copy(update={"banks": 1}),
-        "weights": machine.weights.model_copy(update={"dense_kib": rows * row_bytes / 1024}),
+        "features": NO_FEATURES,
+        "array": _changed(machine.array, "rows", rows),
+        "operand_store": _changed(machine.operand_store, "banks", 1),
+        "weights": _changed(machine.weights, "dense_kib", rows * row_bytes / 1024),
     }
-    return dense.model_copy(update=parts)
+    return machine.model_copy(update=parts)
+
+
+@lru_cache(maxsize=4096)
+def _changed(part: Part, field: str, value: float) -> Part:
+    """The part of a machine with another value; machines that have the same part share what is worked out of it."""
+    return part.model_copy(update={field: value})

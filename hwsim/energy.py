@@ -21,12 +21,11 @@ from hwsim.area import (
     SCALE_BITS,
     TYPE_BITS,
     array_geometry,
+    built_memories,
     datapath,
     leakage_mw,
     log2_ceil,
     logic_area_mm2,
-    memories,
-    memory_macros,
     register_bits,
 )
 from hwsim.errors import InputError, Problem
@@ -213,11 +212,11 @@ def energy_per_event(machine: Machine, technology: Technology) -> EnergyPerEvent
     return EnergyPerEvent(pj)
 
 
-@kept_by(Machine.static_fields_of)
+@kept_by(Machine.static_fields_of, limit=64)
 def _energy_without_rates(machine: Machine, technology: Technology) -> NDArray[np.float64]:
     """The table less the two entries that depend on clock and DRAM."""
     pj = _energy_without_memories(machine, technology).copy()
-    store = memory_macros(machine, technology)["operand_store"]
+    _, store = built_memories(machine, technology)["operand_store"]
     pj[_ROW["words_read"], _COLUMN["operand_store_read"]] = store.read_energy_pj
     pj[_ROW["words_filled"], _COLUMN["operand_store_fill"]] = store.write_energy_pj
     _fill(pj, _memory_energies(machine, technology))
@@ -297,7 +296,7 @@ def _word_energies(machine: Machine, technology: Technology) -> dict[tuple[str, 
 
 def _memory_energies(machine: Machine, technology: Technology) -> dict[tuple[str, str], float]:
     """One bit read from or written to a memory, and its way along a row where it is a weight's."""
-    macros, ports = memory_macros(machine, technology), memories(machine)
+    memories = built_memories(machine, technology)
     geometry = array_geometry(machine, technology)
     along_row_pj = technology.register_pj + geometry.width_mm * technology.wire_pj_per_mm
     result: dict[tuple[str, str], float] = {}
@@ -309,10 +308,10 @@ def _memory_energies(machine: Machine, technology: Technology) -> dict[tuple[str
         ("activation_buffer", "activation"),
         ("output_buffer", "output"),
     ):
-        if component in macros:
-            macro, port_bits = macros[component], ports[component].port_bits
-            result[f"{prefix}_bits_read", component] = macro.read_energy_pj / port_bits
-            result[f"{prefix}_bits_written", component] = macro.write_energy_pj / port_bits
+        if component in memories:
+            memory, macro = memories[component]
+            result[f"{prefix}_bits_read", component] = macro.read_energy_pj / memory.port_bits
+            result[f"{prefix}_bits_written", component] = macro.write_energy_pj / memory.port_bits
             if component in ("sign_memory", "magnitude_memory", "dense_memory"):
                 result[f"{prefix}_bits_read", "weight_broadcast"] = along_row_pj
     return result

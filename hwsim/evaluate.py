@@ -28,8 +28,17 @@ from hwsim.energy import CYCLES, DRAM_BITS, EVENTS, INPUT_BITS, StaticEnergy, le
 from hwsim.errors import FitError
 from hwsim.image import image_sizes
 from hwsim.kept import Kept
-from hwsim.kernels.steps import StepConfig, StepPlan, Tiles
-from hwsim.kernels.totals import Demand, energy_of, layer_totals, network_totals, plan_memories
+from hwsim.kernels.passes import Executed, list_executed, run_executed
+from hwsim.kernels.steps import StepConfig, StepPlan
+from hwsim.kernels.totals import (
+    Demand,
+    Schedule,
+    energy_of,
+    layer_schedule,
+    layer_totals,
+    network_totals,
+    plan_memories,
+)
 from hwsim.layer import Layer
 from hwsim.lowering import (
     LoweredMachine,
@@ -116,15 +125,28 @@ class _Plan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    """A layer as the features, formats and shape of an array let it see, before any pass."""
+    """A layer as the features, formats and shape of an array let it see, before any pass; and the schedules made of it.
+
+    ``executed`` is None on a dense machine, whose passes have a closed form.
+    """
 
     layer: Layer
     types: NDArray[np.uint8]
+    executed: Executed | None
     stored: StoredLayer
     demand: Demand
     weights: NDArray[np.int64]
     constant: NDArray[np.int64]
     image_bytes: int
+    schedules: Kept
+
+    def schedule(self, row: NDArray[np.int64], config: StepConfig) -> Schedule:
+        """The steps of a row of `hwsim.kernels.totals.plan_memories`."""
+        units, whole_weights, whole_inputs = plan_inputs(self.layer.shape, self.stored, row, config)
+        plan = StepPlan(1, *row[:4].tolist())
+        config = config._replace(output_half_bits=int(row[8]))
+        tiles = row_tiles(self.stored, row[4:8])
+        return Schedule(*layer_schedule(tiles, units, plan, whole_weights, whole_inputs, config))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,31 +154,38 @@ class _Passes:
     """A layer whose passes are counted, and the plans that were made of it."""
 
     held: _Held
-    tiles: Tiles
     counters: NDArray[np.int64]
     plans: Kept
 
-    def plan(self, row: NDArray[np.int64], config: StepConfig) -> _Plan:
-        """The plan of a row of `hwsim.kernels.totals.plan_memories`."""
-        key = (row.tobytes(), config.fill_words, config.drain_words)
-        return self.plans.find(key, lambda: self._plan(row, config))
+    def plans_of(self, rows: NDArray[np.int64], configs: Sequence[StepConfig]) -> list[_Plan | None]:
+        """The plan of each row of `hwsim.kernels.totals.plan_memories`, None where the layer does not fit."""
+        width, raw = rows.itemsize * rows.shape[1], rows.tobytes()
+        found: dict[Hashable, _Plan | None] = {}
+        plans = []
+        for index, config in enumerate(configs):
+            key = (raw[index * width : (index + 1) * width], config.fill_words, config.drain_words)
+            if key not in found:
+                found[key] = self._plan(key, rows[index], config) if rows[index, 0] >= 0 else None
+            plans.append(found[key])
+        return plans
 
-    def _plan(self, row: NDArray[np.int64], config: StepConfig) -> _Plan:
-        held = self.held
-        units, whole_weights, whole_inputs = plan_inputs(held.layer.shape, held.stored, row, config)
-        totals, busy, counts, classes, transfers = layer_totals(
-            self.tiles._replace(share=row[4:8]),
-            units,
-            self.counters,
-            StepPlan(1, *row[:4].tolist()),
-            whole_weights,
-            whole_inputs,
-            config._replace(output_half_bits=int(row[8])),
-        )
-        fixed = np.empty((1, 2, _WIDTH), np.int64)
-        fixed[0, :, :-1] = totals @ held.weights + held.constant
-        fixed[0, :, -1] = totals[:, 0]
-        return _Plan(fixed, busy[None], counts[None], classes, transfers)
+    def _plan(self, key: tuple[bytes, int, int], row: NDArray[np.int64], config: StepConfig) -> _Plan:
+        def make() -> _Plan:
+            held = self.held
+            schedule = held.schedules.find(key[0], lambda: held.schedule(row, config))
+            return _Plan(
+                *layer_totals(
+                    schedule,
+                    self.counters,
+                    held.stored.channels,
+                    held.types.shape[2],
+                    held.weights,
+                    held.constant,
+                    config,
+                )
+            )
+
+        return self.plans.find(key, make)
 
 
 @contextmanager
@@ -191,10 +220,11 @@ class _KnownLayer:
         def count() -> _Passes:
             check_length(layer.shape.blocks(machine.array.block)[1], machine)
             held = self._held.find(design.held, lambda: _hold(layer, machine))
-            counters = pass_counters(held.types, held.stored.order, config, uniform=machine.is_dense)
-            tiles = row_tiles(held.stored, counters[:, :, :, 0], held.types.shape[2])
-            of_pass = counters[:, :, 0] if counters.shape[2] == 1 else counters.sum(axis=2)
-            return _Passes(held, tiles, of_pass, Kept(_KEPT_PLANS))
+            if held.executed is None:
+                counters = pass_counters(held.types, held.stored.order, config, uniform=True)
+            else:
+                counters = run_executed(held.executed, held.stored.order, config)
+            return _Passes(held, counters, Kept(_KEPT_PLANS))
 
         return self._passes.find((design.held, config), count)
 
@@ -356,38 +386,42 @@ class Evaluator:
     ) -> list[_Network | str]:
         """Plans on designs whose passes are the same."""
         first, sizes = designs[0], memories([design.lowered for design in designs])
+        configs = [design.lowered.step_config for design in designs]
         copies: dict[_KnownLayer, int] = {}
-        plans: list[list[_Plan]] = [[] for _ in designs]
-        errors: list[str | None] = [None] * len(designs)
+        plans: list[list[_Plan | None]] = []
+        errors: dict[int, str] = {}
         image_bytes = 0
         for layer, key in zip(layers, known, strict=True):
             try:
                 passes = key.find(layer, first)
             except FitError as error:
-                return [earlier or str(error) for earlier in errors]
+                return [errors.get(index, str(error)) for index in range(len(designs))]
             image_bytes += passes.held.image_bytes
             if key in copies:
                 copies[key] += 1
                 continue
             copies[key] = 1
             demand = passes.held.demand
-            for index, row in enumerate(plan_memories(demand, sizes)):
-                design = designs[index]
-                if row[0] >= 0:
-                    plans[index].append(passes.plan(row, design.lowered.step_config))
-                elif errors[index] is None:
-                    name = design.machine.name
-                    errors[index] = str(does_not_fit(layer.shape, demand, design.lowered, name))
+            rows = plan_memories(demand, sizes)
+            plans.append(passes.plans_of(rows, configs))
+            for index in np.flatnonzero(rows[:, 0] < 0).tolist():
+                if index not in errors:
+                    design = designs[index]
+                    problem = does_not_fit(layer.shape, demand, design.lowered, design.machine.name)
+                    errors[index] = str(problem)
         counts = np.array(list(copies.values()), np.int64)
         together: dict[tuple[int, ...], _Network] = {}
         results: list[_Network | str] = []
-        for plan, problem in zip(plans, errors, strict=True):
+        for index, plan in enumerate(zip(*plans, strict=True)):
+            if index in errors:
+                results.append(errors[index])
+                continue
             same = tuple(map(id, plan))
-            if problem is None and same not in together:
+            if same not in together:
                 together[same] = _Network(
                     counts, _Plan(*map(np.concatenate, zip(*plan, strict=True))), image_bytes
                 )
-            results.append(problem or together[same])
+            results.append(together[same])
         return results
 
 
@@ -403,12 +437,14 @@ def _hold(layer: Layer, machine: Machine) -> _Held:
     weights, constant = event_weights(blocks, native.shape, machine)
     return _Held(
         layer=native,
-        types=types if machine.is_dense else np.require(types, requirements=("C", "W")),
+        types=types,
+        executed=None if machine.is_dense else list_executed(np.require(types, requirements=("C", "W"))),
         stored=stored,
         demand=layer_demand(native.shape, stored, machine.array.columns, machine.precision.activation_bits),
         weights=weights,
         constant=constant,
         image_bytes=sizes.total_bytes,
+        schedules=Kept(_KEPT_PLANS),
     )
 
 

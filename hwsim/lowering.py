@@ -126,7 +126,6 @@ def dram_channels(
     return channels
 
 
-@lru_cache(maxsize=256)
 def lower_machine(machine: Machine) -> LoweredMachine:
     """Every integer that follows from the machine alone."""
     weights = machine.weights

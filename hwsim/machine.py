@@ -11,7 +11,7 @@ import math
 import re
 import tomllib
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hwsim.errors import InputError, Problem, nearest_name
 
 __all__ = [
+    "NO_FEATURES",
     "ActivationBuffer",
     "Array",
     "Dram",
@@ -175,6 +176,10 @@ class Features(_Part):
     row_balance: Literal["none", "sorted"] = "none"
 
 
+NO_FEATURES = Features(skip_pruned=False, unified_path=False, row_balance="none")
+"""Of a dense machine: nothing is skipped, nothing unified, and rows that are alike need no order."""
+
+
 class TechnologyChoice(_Part):
     """The table of energies and areas: a name that ships with hwsim, or the path of a TOML file."""
 
@@ -210,7 +215,7 @@ class Machine(_Part):
     @classmethod
     def _rate_is_a_short_decimal(cls, value: Any) -> Any:
         rate = value.gb_per_s if isinstance(value, Dram) else value
-        if Fraction(str(rate)).denominator > 10**6:
+        if not _is_short_decimal(rate):
             raise ValueError(f"{rate} has more than six decimals; exact cycle counts need a short decimal")
         return value
 
@@ -244,25 +249,27 @@ class Machine(_Part):
         InputError
             A name is unknown (with the nearest one), or the result is not a valid machine.
         """
-        data = self.model_dump(mode="json")
+        # Parts that do not change are taken as they are, with what was worked out of them.
+        data: dict[str, Any] = {name: getattr(self, name) for name in self._names()}
         problems = []
         for dotted, value in changes.items():
-            part: Any = data
-            *parents, leaf = dotted.split(".")
-            for parent in parents:
-                part = part.get(parent) if isinstance(part, dict) else None
-            if not isinstance(part, dict) or leaf not in part or isinstance(part[leaf], dict):
+            name, _, leaf = dotted.partition(".")
+            part = data.get(name)
+            if isinstance(part, _Part):
+                part = data[name] = part.model_dump(mode="json")
+            if leaf and isinstance(part, dict) and leaf in part:
+                part[leaf] = value
+            elif not leaf and name in data and not isinstance(part, dict):
+                data[name] = value
+            else:
                 problems.append(Problem(dotted, "no such field", nearest_name(dotted, self.field_names())))
-                continue
-            part[leaf] = value
         if problems:
             raise InputError(f"machine {self.name}", problems)
         return parse_machine(data, f"machine {self.name}")
 
     def without_features(self) -> Machine:
-        """The dense machine with the same array: nothing is skipped, nothing unified, and rows that are alike need no order."""
-        off = Features(skip_pruned=False, unified_path=False, row_balance="none")
-        return self.model_copy(update={"features": off})
+        """The dense machine with the same array (`NO_FEATURES`)."""
+        return self.model_copy(update={"features": NO_FEATURES})
 
     @cached_property
     def logic_fields(self) -> tuple[Any, ...]:
@@ -309,6 +316,11 @@ class Machine(_Part):
             f"<tr><td>{name}</td><td>{_lookup(self, name)}</td></tr>" for name in self.field_names()
         )
         return f"<table><caption>machine {self.name}</caption>{rows}</table>"
+
+
+@lru_cache(maxsize=4096)
+def _is_short_decimal(rate: float) -> bool:
+    return Fraction(str(rate)).denominator <= 10**6
 
 
 def _lookup(machine: Machine, dotted: str) -> Any:

@@ -18,10 +18,11 @@ from hwsim.kernels.steps import (
     StepConfig,
     StepPlan,
     Tiles,
+    moves_of_steps,
     plan_steps,
     time_steps,
     widest_unit_bits,
-    work_of_steps,
+    work_of_passes,
 )
 from hwsim.kernels.totals import Demand, Memories, plan_memories
 from hwsim.layer import LayerShape
@@ -190,21 +191,21 @@ def map_layer(
         The finest step does not fit, with the demand, the capacity, the gap and what would close it.
     """
     stored = stored_layer(shape, order, sizes, machine.pass_config.rows)
-    tiles = row_tiles(stored, pass_cycles, k_blocks)
     config = machine.step_config
     demand = layer_demand(shape, stored, config.columns, config.activation_bits)
     plan = plan_memories(demand, memories([machine]))[0]
     if plan[0] < 0:
         raise does_not_fit(shape, demand, machine, machine_name)
     units, whole_weights, whole_inputs = plan_inputs(shape, stored, plan, config)
-    tiles = tiles._replace(share=plan[4:8])
+    tiles = row_tiles(stored, plan[4:8])
     best: Mapping | None = None
     for weights_outer in (1, 0):
         step_plan = StepPlan(weights_outer, int(plan[0]), int(plan[1]), int(plan[2]), int(plan[3]))
         steps = plan_steps(tiles, units, step_plan, config)
-        work, moved, passes, loads = work_of_steps(
+        spans, moved, passes, loads = moves_of_steps(
             tiles, units, steps, step_plan, whole_weights, whole_inputs, config
         )
+        work = work_of_passes(pass_cycles, stored.channels, k_blocks, spans, config)
         mapping = Mapping(
             loop_order="weights outer" if weights_outer else "columns outer",
             weight_residence="streamed" if plan[1] else "grouped" if plan[2] else "whole",
@@ -262,18 +263,16 @@ def stored_layer(shape: LayerShape, order: NDArray[np.int64], sizes: ImageSizes,
     )
 
 
-def row_tiles(stored: StoredLayer, pass_cycles: NDArray[np.int64], k_blocks: int) -> Tiles:
-    """The row tiles with the cycles of their passes; the share of the memories is the plan's."""
+def row_tiles(stored: StoredLayer, share: NDArray[np.int64]) -> Tiles:
+    """The row tiles, and what a group of them may use of a row's weight memories."""
     return Tiles(
-        cycles=np.ascontiguousarray(pass_cycles),
         channels=stored.channels,
         usage=stored.usage,
-        share=np.zeros(4, np.int64),
+        share=share,
         order=stored.order,
         row_bytes=stored.row_bytes,
         order_bytes=stored.order_bytes,
         rows=stored.rows,
-        k_blocks=k_blocks,
     )
 
 

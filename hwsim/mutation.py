@@ -328,7 +328,7 @@ MUTANTS: tuple[Mutant, ...] = (
         124,
         "steps",
         "a drain counts the columns that a tile lacks",
-        "outputs = tiles.channels[group, t] * live_columns",
+        "outputs = channels[group, t] * live_columns",
         "outputs = tiles.channels[group, t] * config.columns",
     ),
     KernelMutant(
@@ -346,14 +346,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "                            refill = False",
     ),
     KernelMutant(
-        127, "steps", "another group finds the column tile before", "or steps[i + 1, 0] != group", "or False"
+        127, "steps", "another group finds the column tile before", "or spans[i + 1, 0] != group", "or False"
     ),
     KernelMutant(
         128,
         "steps",
         "a fill does not overlap the segment before",
-        "work[i, 1] += max(next_fill - own, 0)",
-        "work[i, 1] += next_fill",
+        "work[i, 1] += alike * max(next_fill - own, 0)",
+        "work[i, 1] += alike * next_fill",
     ),
     KernelMutant(
         129,

@@ -92,6 +92,13 @@ class Grid:
         """So many consecutive points differ in clock and DRAM only."""
         return self._size(lambda name: name in RATES)
 
+    @property
+    def varies_passes(self) -> bool:
+        """Whether machines differ in what the counters of the passes depend on."""
+        return any(
+            _rank(name) == 1 and len(values) > 1 for name, values in zip(self.names, self.values, strict=True)
+        )
+
     def _size(self, counts: Callable[[str], bool]) -> int:
         return math.prod(
             len(values) for name, values in zip(self.names, self.values, strict=True) if counts(name)

@@ -45,7 +45,7 @@ PEERS = (("MAESTRO", "49"), ("Timeloop's model", "1.6"), ("SCALE-Sim", "0.001"))
 def bench(out: Path | None, rounds: int, points: int) -> None:
     """Measure on this machine how many points of a design space are evaluated per second, and where the time goes.
 
-    ResNet-18, random block maps with p = u = 0.5. Takes about five minutes; run it on an idle machine.
+    ResNet-18, random block maps with p = u = 0.5. Takes about three minutes; run it on an idle machine.
     """
     from hwsim.files import write_atomically
 
@@ -132,8 +132,8 @@ def _check(results: Any) -> None:
         raise RuntimeError("a point of the benchmark does not fit its machine")
 
 
-def seconds_of_kind(kind: str, layers: list[Layer], rounds: int) -> float:
-    """Processor seconds of the best round; the base machine is known before it, nothing else is."""
+def seconds_of_kind(kind: str, layers: list[Layer], rounds: int) -> tuple[float, float]:
+    """Processor and wall seconds of the best round; the base machine is known before it, nothing else is."""
     import time
 
     from hwsim.evaluate import Evaluator
@@ -141,14 +141,15 @@ def seconds_of_kind(kind: str, layers: list[Layer], rounds: int) -> float:
 
     base = load_machine(MACHINE)
     work = prepare_kind(kind, layers, base)
-    times = []
+    processor, wall = [], []
     for _ in range(rounds):
         evaluator = Evaluator()
         evaluator.evaluate(layers, [base])
-        start = time.process_time()
+        start, used = time.perf_counter(), time.process_time()
         work(evaluator)
-        times.append(time.process_time() - start)
-    return min(times)
+        processor.append(time.process_time() - used)
+        wall.append(time.perf_counter() - start)
+    return min(processor), min(wall)
 
 
 def simulate_seconds(layers: list[Layer], rounds: int) -> float:
@@ -166,52 +167,71 @@ def simulate_seconds(layers: list[Layer], rounds: int) -> float:
     return min(times)
 
 
-_known: dict[str, Any] = {}
+_WINDOWS, _DEPTHS, _BANKS = range(1, 33), range(1, 17), (8, 12, 16, 24)
 
 
-def _start(_: int) -> None:
-    """Make a process ready: compiled kernels loaded, layers made."""
-    from hwsim.machine import load_machine
+def sweep_rate(workers: int) -> float:
+    """Points per second of `run_sweep` over axes that change the pass counts, after the first quarter of the points."""
+    import tempfile
+    import time
 
-    _known["layers"] = bench_layers()
-    _known["passes"] = prepare_kind("passes", _known["layers"], load_machine(MACHINE))
-    _sweep_task(0)
+    from sweeps.runner import SweepProgress, run_sweep
+    from sweeps.space import Space
+
+    axes = {
+        "front_end.skip_window": list(_WINDOWS),
+        "front_end.queue_depth": list(_DEPTHS),
+        "operand_store.banks": list(_BANKS),
+    }
+    space = Space(
+        networks=["resnet18"],
+        blocks=["4x4"],
+        ratios=[[0.5, 0.5]],
+        random={},
+        machine={"base": MACHINE, "axes": axes},
+    )
+    done: list[tuple[float, int]] = []
+
+    def note(progress: SweepProgress) -> None:
+        if progress.points_done >= len(space) // 4:
+            done.append((time.perf_counter(), progress.points_done))
+
+    with tempfile.TemporaryDirectory(prefix="hwsim-") as folder:
+        run_sweep(space, folder, workers=workers, details="none", progress=note)
+    return (done[-1][1] - done[0][1]) / (done[-1][0] - done[0][0])
 
 
-def _sweep_task(_: int) -> None:
-    from hwsim.evaluate import Evaluator
-
-    _known["passes"](Evaluator())
-
-
-def _arithmetic_task(_: int) -> int:
+def _arithmetic(_: int) -> int:
     value = 1
-    for _ in range(4_000_000):
+    for _ in range(8_000_000):
         value = (value * 1103515245 + 12345) % 2147483648
     return value
 
 
 def gain_of_two(rounds: int) -> tuple[float, float]:
-    """``(sweep, arithmetic)``: how many times faster two processes do two tasks than one; the median of some rounds."""
+    """``(sweep, arithmetic)``: how many times faster two processes work than one; the median of some rounds."""
     import multiprocessing
     import statistics
     import time
     from concurrent.futures import ProcessPoolExecutor
 
-    gains: dict[Any, list[float]] = {_sweep_task: [], _arithmetic_task: []}
+    sweep, arithmetic = [], []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_start, range(2)))
-        list(pool.map(_start, range(2)))
+        list(pool.map(_arithmetic, range(2)))
         for _ in range(rounds):
-            for task, found in gains.items():
-                start = time.perf_counter()
-                for number in range(2):
-                    pool.submit(task, number).result()
-                one = time.perf_counter() - start
-                start = time.perf_counter()
-                list(pool.map(task, range(2)))
-                found.append(one / (time.perf_counter() - start))
-    return statistics.median(gains[_sweep_task]), statistics.median(gains[_arithmetic_task])
+            start = time.perf_counter()
+            for number in range(2):
+                pool.submit(_arithmetic, number).result()
+            one = time.perf_counter() - start
+            start = time.perf_counter()
+            list(pool.map(_arithmetic, range(2)))
+            arithmetic.append(one / (time.perf_counter() - start))
+            rates = []
+            for workers in (1, 2):  # in a new process each: this one would keep what it found
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+                    rates.append(fresh.submit(sweep_rate, workers).result())
+            sweep.append(rates[1] / rates[0])
+    return statistics.median(sweep), statistics.median(arithmetic)
 
 
 def shares_of_kind(kind: str, layers: list[Layer]) -> list[tuple[str, float]]:
@@ -249,23 +269,32 @@ space = Space(
         "clock_mhz": [500.0 + 10 * i for i in range(100)],
         "dram.gb_per_s": [(i + 1) / 50 for i in range(bandwidths)]}},
 )
-start, used = time.perf_counter(), time.process_time()
-run_sweep(space, sys.argv[1], workers=1)
-print(len(space), time.perf_counter() - start, time.process_time() - used,
-      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+if __name__ == "__main__":
+    start = time.perf_counter()
+    run_sweep(space, sys.argv[1], workers=2)
+    seconds = time.perf_counter() - start
+    own, others = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    used = sum(each.ru_utime + each.ru_stime for each in (own, others))
+    print(len(space), seconds, used, (own.ru_maxrss + 2 * others.ru_maxrss) / 2**20)
 """
 
 
 def large_sweep(points: int) -> tuple[int, float, float, float, int, int]:
-    """A whole sweep in a process of its own: points, seconds, processor seconds, peak GiB, files and bytes on disk."""
+    """A whole sweep of two processes: points, seconds, processor seconds, GiB, files and bytes on disk.
+
+    Processor time is that of all processes with their start; memory the largest that the parent, and twice the largest that one
+    of the two others, ever had: no less than all of them together at any time.
+    """
     import subprocess
     import sys
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="hwsim-") as folder:
-        command = [sys.executable, "-c", _LARGE, folder, str(points)]
+    with tempfile.TemporaryDirectory(prefix="hwsim-") as name:
+        script, folder = Path(name, "large.py"), Path(name, "results")
+        script.write_text(_LARGE, "utf-8")  # a file, since the processes that it starts look for it
+        command = [sys.executable, str(script), str(folder), str(points)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        files = list(Path(folder, "points").glob("*.parquet"))
+        files = list((folder / "points").glob("*.parquet"))
         size_bytes = sum(file.stat().st_size for file in files)
     count, seconds, used, gib = done.stdout.split()
     return int(count), float(seconds), float(used), float(gib), len(files), size_bytes
@@ -280,10 +309,11 @@ def _page(rounds: int, points: int) -> str:
     rows = []
     profiles = []
     for kind, (text, goal) in KINDS.items():
-        seconds = seconds_of_kind(kind, layers, rounds)
-        per_second = points_of_kind(kind) / seconds
+        processor, wall = (
+            points_of_kind(kind) / seconds for seconds in seconds_of_kind(kind, layers, rounds)
+        )
         goal_text = f"{goal:,}" if goal else "–"
-        rows.append(f"| {text} | {per_second:,.0f} | {goal_text} | {per_second * one:,.1f} |")
+        rows.append(f"| {text} | {processor:,.0f} | {wall:,.0f} | {goal_text} | {processor * one:,.1f} |")
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares_of_kind(kind, layers))
         profiles.append(f"| {text} | {shares} |")
     sweep_gain, plain_gain = gain_of_two(max(rounds, 3))
@@ -292,9 +322,10 @@ def _page(rounds: int, points: int) -> str:
     large = [
         "## A large space",
         "",
-        f"{count:,} points (3 technologies × 100 clocks × bandwidths) by `hwsim sweep --workers 1`, keys and Parquet files",
-        f"included: {seconds:,.0f} s, {used:,.0f} s of processor time ({count / used:,.0f} points per second of it), at most",
-        f"{gib:.2f} GiB of memory, {files} file(s) of {size_bytes / count:.0f} bytes per point. Goal: under 2 GB.",
+        f"{count:,} points (3 technologies × 100 clocks × bandwidths) by `hwsim sweep --workers 2`, keys and Parquet files",
+        f"included: {seconds:,.0f} s, {used:,.0f} s of processor time of all processes ({count / used:,.0f} points per second",
+        f"of that), at most {gib:.2f} GiB of memory in all processes together, {files} file(s) of",
+        f"{size_bytes / count:.0f} bytes per point. Goal: under 2 GB.",
         "",
         f"Measured with Python {platform.python_version()} on {platform.machine()}, {os.cpu_count()} processors; load averages",
         f"at the end: {load}. Other work on the processors slows all of it: `simulate()` took {1e3 * one:.1f} ms meanwhile.",
@@ -306,6 +337,7 @@ def _page(rounds: int, points: int) -> str:
 def _lines(
     rows: list[str], profiles: list[str], one: float, sweep_gain: float, plain_gain: float
 ) -> list[str]:
+    machines = len(_WINDOWS) * len(_DEPTHS) * len(_BANKS)
     peers = ", ".join(f"{name} {speed}" for name, speed in PEERS)
     return [
         "# Performance",
@@ -314,18 +346,23 @@ def _lines(
         "",
         "What a point costs depends on what changed since the point before (`hwsim.evaluate`). ResNet-18, 21 layers, real",
         "block maps (random, 4×4, p = u = 0.5), on msa-16x16; both dense baselines, energy and area included. Points per",
-        "second of processor time on one core, best of some rounds; the last column: points in the time of one `simulate()`.",
+        "second of processor time and of wall time on one core, best of some rounds (other work on the machine lengthens wall",
+        "time first); the last column: points in the processor time of one `simulate()`.",
         "",
-        "| what changes from point to point | points/s | goal | points per `simulate()` |",
-        "|---|---|---|---|",
+        "| what changes from point to point | points/s of processor time | points/s of wall time | goal | per `simulate()` |",
+        "|---|---|---|---|---|",
         *rows,
-        f"| one by one, `simulate()` with its tables | {1 / one:,.0f} | – | 1 |",
+        f"| one by one, `simulate()` with its tables | {1 / one:,.0f} | – | – | 1 |",
         "",
         f"For scale, models of the same network without block sparsity, in points/s: {peers}.",
         "These were measured on another machine (two shared virtual processors), so compare orders of magnitude.",
         "",
-        f"Two processes do two batches of points with other pass counts {sweep_gain:.2f} times as fast as one; plain integer",
-        f"arithmetic gains {plain_gain:.2f} times in the same run: {100 * sweep_gain / plain_gain:.0f} % of it. Goal: 90 %.",
+        "## Two processes",
+        "",
+        f"`hwsim sweep --workers 2` over {machines:,} front ends (other pass counts) is",
+        f"{sweep_gain:.2f} times as fast as `--workers 1`, in points per second of wall time after the first quarter of them.",
+        f"Two processes of plain integer arithmetic are {plain_gain:.2f} times as fast as one in the same run: the sweep gains",
+        f"{100 * sweep_gain / plain_gain:.0f} % of that. Goal: 90 %.",
         "",
         "## Where the time goes",
         "",
@@ -338,7 +375,8 @@ def _lines(
         "- DRAM and clock: `network_totals` compares, for each class of like steps, what passes and what transfers take.",
         "  Neither the passes nor the steps are looked at again.",
         "- Buffer sizes: most time goes into the machine (its validation, its area, the dense machine of equal area);",
-        "  plans are made once for all sizes that hold a layer alike.",
-        "- Pass counts: the pass kernel `run_passes`, and what is planned on its counts. Dense baselines have a closed form.",
+        "  steps and transfers are planned once for all sizes that hold a layer alike.",
+        "- Pass counts: the pass kernel `run_executed`. Steps and transfers do not depend on it, the blocks that are not",
+        "  pruned are listed once, dense baselines have a closed form.",
         "",
     ]

@@ -308,8 +308,8 @@ def _write_report(
         )
 
 
-def _explanation(store: ResultStore, row: pd.Series) -> Explanation | None:
-    """Where the cycles of a point went; None where it cannot be simulated again (its weights are gone)."""
+def _explanation(store: ResultStore, row: pd.Series) -> Explanation | str:
+    """Where the cycles of a point went, or why it cannot be simulated again."""
     from hwsim.errors import HwsimError
     from hwsim.explain import explain
     from sweeps.points import point_subject
@@ -317,8 +317,8 @@ def _explanation(store: ResultStore, row: pd.Series) -> Explanation | None:
     try:
         subject = point_subject(store, row)
         return explain(subject.machine, subject.layers, network=subject.network)
-    except HwsimError:
-        return None
+    except HwsimError as error:
+        return f"Where the cycles went cannot be told, since the point cannot be simulated again: {error}"
 
 
 def _table(points: pd.DataFrame) -> str:

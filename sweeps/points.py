@@ -15,7 +15,6 @@ from sweeps.summary import CLOSE_POINTS
 if TYPE_CHECKING:
     from compress.subjects import Subject
     from hwsim.layer import Layer
-    from hwsim.machine import Machine
     from sweeps.space import Point
     from sweeps.store import ResultStore
 
@@ -89,6 +88,7 @@ def point_subject(store: ResultStore, row: pd.Series) -> Subject:
         simulating it again would give other numbers.
     """
     from compress.subjects import Subject
+    from sweeps.batch import area_mm2
 
     source = f"{store.path}@{str(row['key'])[:12]}"
     error = row.get("error")
@@ -107,7 +107,7 @@ def point_subject(store: ResultStore, row: pd.Series) -> Subject:
         **{name: point.columns()[name] for name in names},
         **accuracies,
     }
-    return Subject(point.network, point.machine(_area_mm2), layers, origin)
+    return Subject(point.network, point.machine(area_mm2), layers, origin)
 
 
 def add_details(
@@ -130,6 +130,8 @@ def add_details(
     progress : callable, optional
         Called with the points that are done and with how many there are.
     """
+    from sweeps.tables import detail_frames
+
     without = rows[~rows["key"].isin(tables["layers"]["key"].unique())].drop_duplicates("key")
     parts: dict[str, list[pd.DataFrame]] = {name: [tables[name]] for name in ("layers", "energy", "storage")}
     for done, (_, row) in enumerate(without.iterrows(), 1):
@@ -137,11 +139,8 @@ def add_details(
             report = point_subject(store, row).simulate()
         except HwsimError:
             continue
-        layers = report.layers.assign(utilization=report.layers["pe_utilization"])
-        details = {"layers": layers, "energy": report.energy, "storage": report.storage}
-        for name, frame in details.items():
-            known = [column for column in tables[name].columns if column in frame]
-            parts[name].append(frame[known].assign(key=row["key"]))
+        for name, frame in detail_frames(str(row["key"]), report).items():
+            parts[name].append(frame)
         if progress is not None:
             progress(done, len(without))
     filled = {
@@ -184,27 +183,13 @@ def _point(store: ResultStore, row: pd.Series, source: str) -> Point:
 
 def _layers(point: Point, folder: Path, source: str) -> list[Layer]:
     from sweeps.space import RandomTypes
+    from sweeps.weights import artifact_path, random_point_layers
 
     if isinstance(point.weights, RandomTypes):
-        from compress.zoo_shapes import zoo_shapes
-        from hwsim.layer import random_layers
-
-        exempt = point.weights.exempt == "first_and_last"
-        shapes = zoo_shapes(point.network, point.batch)
-        return random_layers(
-            shapes, point.block, point.pruned, point.unified, point.seed, exempt_first_last=exempt
-        )
+        return random_point_layers(point)
     from compress.artifact import load_artifact
-    from sweeps.weights import artifact_path
 
     path = artifact_path(folder, point)
     if not path.exists():
         raise InputError(source, Problem("", f"its weights are gone ({path})", "run the sweep again"))
     return load_artifact(path).layers(point.batch)
-
-
-def _area_mm2(machine: Machine) -> float:
-    from hwsim.area import machine_area
-    from hwsim.technology import load_technology
-
-    return sum(machine_area(machine, load_technology(machine.technology.table)).values())

@@ -37,9 +37,10 @@ Details = Literal["auto", "all", "none"]
 _POLL_SECONDS = 0.2
 _DETAIL_POINTS = 2000
 _TASK_POINTS = 65536
-_TASK_MACHINES = 128
+_TASK_MACHINES, _TASK_PASSES = 256, 32
 _TASK_DETAILS = 8
-"""A task is the largest number of points that stays below these; with details each point is simulated by itself."""
+"""A task is the largest number of points that stays below these (fewer machines where they change the pass counts); with
+details each point is simulated by itself."""
 _WORTH_PROCESSES = 512
 _WORTH_POINTS = 500_000
 """Machines (clock and DRAM aside) or points from which on it pays to start processes that evaluate."""
@@ -206,7 +207,8 @@ class _Sweep:
 
     def _evaluate(self, task: _Task) -> None:
         """Evaluation goes before training: it is short, and its results are what is kept."""
-        size = min(_TASK_MACHINES * self.grid.machine_size, _TASK_POINTS)
+        machines = _TASK_PASSES if self.grid.varies_passes else _TASK_MACHINES
+        size = min(machines * self.grid.machine_size, _TASK_POINTS)
         if self.with_details:
             size = _TASK_DETAILS
         parts = [task.numbers[at : at + size] for at in range(0, len(task.numbers), size)]

@@ -15,9 +15,9 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -32,6 +32,8 @@ from pydantic import (
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.machine import Machine, load_machine, preset_names, validation_problems
 from hwsim.version import MODEL_VERSION
+from sweeps.axes import stored_axes, technology_digest, twice
+from sweeps.block_machine import LARGEST_BLOCK, Hold, machine_for_block, row_problems
 
 __all__ = [
     "METHOD_VERSION",
@@ -50,16 +52,10 @@ __all__ = [
 METHOD_VERSION = "2"
 """Raised whenever training or compression changes what it makes of the same inputs; part of every key."""
 
-Hold = Literal["lanes", "area"]
-"""What stays fixed when the machine follows the block shape; see `machine_for_block`."""
-
 Exempt = Literal["first_and_last", "none"]
 Images = Annotated[int, Field(strict=True, ge=1, le=10**9)]
 Epochs = Annotated[int, Field(strict=True, ge=0, le=100_000)]
 Seed = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-
-_LARGEST_BLOCK = 256
-_MOST_COLUMNS = 4096
 
 
 def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -76,8 +72,8 @@ def _plain_block(text: str) -> str:
 def _parse_block(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text, re.ASCII)
     sizes = tuple(int(size) for size in match.groups()) if match else ()
-    if len(sizes) != 2 or not all(1 <= size <= _LARGEST_BLOCK for size in sizes):
-        raise ValueError(f'must be "OUTPUTSxREDUCTION", each 1 to {_LARGEST_BLOCK}, for example "4x4"')
+    if len(sizes) != 2 or not all(1 <= size <= LARGEST_BLOCK for size in sizes):
+        raise ValueError(f'must be "OUTPUTSxREDUCTION", each 1 to {LARGEST_BLOCK}, for example "4x4"')
     return sizes[0], sizes[1]
 
 
@@ -174,15 +170,7 @@ class MachineSpace(_Part):
     @model_validator(mode="after")
     def _axes_are_fields(self) -> MachineSpace:
         problems: list[Problem] = []
-        axes = {name: _axis_values(self.base, name, values, problems) for name, values in self.axes.items()}
-        for table in axes.get("technology.table", (self.base.technology.table,)):
-            try:
-                technology_digest(str(table))
-            except InputError as error:
-                problems += [
-                    Problem("machine.technology.table", f"{error.source}: {item.message}", item.hint)
-                    for item in error.problems
-                ]
+        axes = stored_axes(self.base, self.axes, problems)
         if problems:
             raise InputError("machine", problems)
         object.__setattr__(self, "axes", axes)
@@ -242,7 +230,8 @@ class Space(_Part):
             super().__init__(**data)
         except ValidationError as error:
             # What pydantic checks last it has not looked at if a single field is wrong: every problem at once.
-            problems = dict.fromkeys([*validation_problems(error, Space), *_together_problems(data)])
+            later = (*_together_problems(data), *_machine_problems(data))
+            problems = dict.fromkeys([*validation_problems(error, Space), *later])
             raise InputError(f"space {data.get('name', 'sweep')}", list(problems)) from None
 
     @field_validator("hold", mode="before")
@@ -253,11 +242,7 @@ class Space(_Part):
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Space:
         problems = _together_problems(dict(self))
-        base = self.machine.base
-        for rows in self.machine.axes.get("array.rows", (base.array.rows,)):
-            for text in self.blocks:
-                accumulators = rows * base.array.block[0]
-                problems += _row_problems(accumulators, _parse_block(text)[0], f"blocks: {text}")
+        problems += _blocks_problems(self.machine.base, self.machine.axes, self.blocks)
         if problems:
             raise InputError("space", problems)
         return self
@@ -429,70 +414,6 @@ class Point:
         }
 
 
-def machine_for_block(
-    base: Machine, block: tuple[int, int], hold: Hold, area_mm2: Callable[[Machine], float]
-) -> Machine:
-    """The machine that a block shape is evaluated on.
-
-    The native block becomes ``block`` and the rows follow, so that accumulators per column (``rows × g_o``)
-    stay constant.
-
-    Parameters
-    ----------
-    base : Machine
-    block : tuple of int
-        ``(g_o, g_k)``.
-    hold : {"lanes", "area"}
-        ``"lanes"``: lanes per PE, ports per row and columns stay as they are. ``"area"``: the columns are the
-        largest number whose machine is within the area of ``base``; with the block of ``base`` that is ``base``.
-    area_mm2 : callable
-        Area of a machine; it must not fall as columns are added. Not called for ``"lanes"``.
-
-    Raises
-    ------
-    InputError
-        The accumulators do not divide by g_o, not even one column fits the area, or the result is not a valid
-        machine.
-    """
-    source = f"machine {base.name} at block {block[0]}x{block[1]}"
-    if hold not in get_args(Hold):
-        raise InputError(source, Problem("hold", f"found {hold!r}", nearest_name(str(hold), get_args(Hold))))
-    accumulators = base.array.rows * base.array.block[0]
-    if problems := _row_problems(accumulators, block[0], "array.block"):
-        raise InputError(source, problems)
-    changes = {"array.block": list(block), "array.rows": accumulators // block[0]}
-    if hold == "lanes" or block == base.array.block:
-        return base.with_fields(changes)
-    budget = area_mm2(base)
-
-    def with_columns(columns: int) -> Machine:
-        return base.with_fields(changes | {"array.columns": columns})
-
-    def fit(columns: int) -> bool:
-        try:
-            return area_mm2(with_columns(columns)) <= budget
-        except InputError:  # a word of so many columns no longer fits the operand store
-            return False
-
-    smallest = area_mm2(with_columns(1))
-    if smallest > budget:
-        problem = Problem(
-            "array.columns",
-            f"one column alone has {smallest:.4g} mm², {smallest - budget:.3g} mm² more than the "
-            f"{budget:.4g} mm² of the base machine",
-            'hold = "lanes", fewer lanes per PE, or a block with more output channels',
-        )
-        raise InputError(source, problem)
-    fits, too_many = 1, _MOST_COLUMNS + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if fit(middle):
-            fits = middle
-        else:
-            too_many = middle
-    return with_columns(fits)
-
-
 def parse_space(
     data: dict[str, Any],
     source: str,
@@ -562,7 +483,7 @@ def _together_problems(data: Mapping[str, Any]) -> list[Problem]:
     problems = []
     for field in ("networks", "blocks", "ratios", "hold", "seeds"):
         values = data.get(field)
-        problems += _twice(field, values if isinstance(values, list | tuple) else ())
+        problems += twice(field, values if isinstance(values, list | tuple) else ())
     given = [data.get(field) is not None for field in ("training", "random")]
     if given[0] == given[1]:
         found = "both are given" if given[0] else "neither is given"
@@ -577,66 +498,54 @@ def _of_base(problem: Problem, source: str) -> Problem:
     return Problem("machine.base", f"{where}: {problem.message}", problem.hint)
 
 
-def _row_problems(accumulators: int, g_o: int, field: str) -> list[Problem]:
-    if accumulators % g_o == 0:
+def _machine_problems(data: Mapping[str, Any]) -> list[Problem]:
+    """What machine and blocks of a space cannot show where some other field is wrong; the base machine may be wrong itself."""
+    given = data.get("machine", {})
+    if isinstance(given, MachineSpace):
+        base, axes = given.base, given.axes
+    elif isinstance(given, Mapping):
+        base, axes = given.get("base", "msa-16x16"), given.get("axes", {})
+    else:
         return []
-    divisors = [size for size in range(1, _LARGEST_BLOCK + 1) if accumulators % size == 0]
-    message = f"{accumulators} accumulators per column (rows × block rows) do not divide by {g_o} block rows"
-    return [Problem(field, message, "block rows that divide: " + ", ".join(str(size) for size in divisors))]
+    problems: list[Problem] = []
+    machine = _machine_of(base)
+    lists = {}
+    if isinstance(axes, Mapping):
+        lists = {name: tuple(values) for name, values in axes.items() if isinstance(values, list | tuple)}
+    lists = stored_axes(machine, lists, problems)
+    blocks = data.get("blocks")
+    if machine is not None and isinstance(blocks, list | tuple):
+        problems += _blocks_problems(machine, lists, blocks)
+    return problems
 
 
-def _axis_values(
-    base: Machine, name: str, values: tuple[Any, ...], problems: list[Problem]
-) -> tuple[Any, ...]:
-    """The values as the machine stores them (a rate of ``6`` becomes ``6.0``), for equal keys."""
-    field = f"machine.axes.{name}"
-    if name in ("array.block", "name"):
-        problems.append(Problem(field, "cannot be an axis", "list block shapes under `blocks`"))
-        return values
-    if name not in Machine.field_names():
-        problems.append(Problem(field, "no such machine field", nearest_name(name, Machine.field_names())))
-        return values
-    if not values:
-        problems.append(Problem(field, "empty, at least one value is needed"))
-    stored = []
-    for value in values:
-        try:
-            resolved: Any = base.with_fields({name: value}).model_dump(mode="json")
-        except InputError as error:
-            problems += [Problem(f"{field}: {value!r}", item.message, item.hint) for item in error.problems]
-            continue
-        for part in name.split("."):
-            resolved = resolved[part]
-        stored.append(resolved)
-    problems += _twice(field, stored)
-    return tuple(stored)
+def _machine_of(base: Any) -> Machine | None:
+    """The base machine that a space gives, None where it is not a valid one."""
+    try:
+        return MachineSpace(base=base).base
+    except (ValidationError, InputError):
+        return None
 
 
-def _twice(field: str, values: Iterable[Any]) -> list[Problem]:
-    listed = list(values)
-    repeated = [value for i, value in enumerate(listed) if value in listed[:i]]
-    return [Problem(field, f"{value!r} is listed twice", "every value once") for value in repeated]
+def _blocks_problems(
+    base: Machine, axes: Mapping[str, tuple[Any, ...]], blocks: Iterable[Any]
+) -> list[Problem]:
+    """Block shapes that the accumulators of the machines do not divide by."""
+    problems = []
+    for rows in axes.get("array.rows", (base.array.rows,)):
+        for text in blocks:
+            try:
+                g_o, _ = _parse_block(text)
+            except (TypeError, ValueError):  # told where blocks are checked one by one
+                continue
+            problems += row_problems(rows * base.array.block[0], g_o, f"blocks: {text}")
+    return problems
 
 
 def _unknown(field: str, found: Iterable[Any], allowed: Iterable[str]) -> list[Problem]:
     names = list(allowed)
     missing = [str(name) for name in found if name not in names]
     return [Problem(field, f'unknown name "{name}"', nearest_name(name, names)) for name in missing]
-
-
-def technology_digest(table: str) -> str:
-    """Digest of the resolved technology table: a file may change under the same name."""
-    path = Path(table)
-    status = path.stat() if path.is_file() else None
-    return _resolved_technology_digest(table, status and (status.st_mtime_ns, status.st_size))
-
-
-@lru_cache(maxsize=64)
-def _resolved_technology_digest(table: str, stamp: tuple[int, int] | None) -> str:
-    """The same, kept for as long as the file keeps its ``stamp`` of time and size."""
-    from hwsim.technology import load_technology
-
-    return hashlib.sha256(load_technology(table).to_json().encode()).hexdigest()
 
 
 def _digest(data: Mapping[str, Any]) -> str:

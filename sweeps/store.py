@@ -16,14 +16,8 @@ Every folder is also plain Parquet: ``pandas.read_parquet("results/points")`` re
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import importlib.metadata
-import io
 import json
 import os
-import platform
-import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,98 +27,34 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from hwsim.errors import FormatError, HwsimError, InputError, Problem, nearest_name
 from hwsim.files import disk_errors, write_atomically
-from hwsim.version import MODEL_VERSION
+from sweeps.parts import (
+    PART,
+    SCHEMA_VERSION,
+    encode_part,
+    part_digest,
+    read_part,
+    replaced_by,
+    version_problem,
+    versions,
+    wait_for_turn,
+)
+from sweeps.tables import DETAILS, EMPTY, TABLES, checked_table, concat, fit_together, table_of_rows, without
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["SCHEMA_VERSION", "TABLES", "ResultStore"]
 
-SCHEMA_VERSION = "1"
-"""Of the folder and its tables; written into every part and into the manifest."""
-
-_STR, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
-TABLES: dict[str, dict[str, pa.DataType]] = {
-    "points": {
-        "key": _STR,
-        "network": _STR,
-        "block": _STR,
-        "block_rows": _INT,
-        "block_columns": _INT,
-        "pruned": _FLOAT,
-        "unified": _FLOAT,
-        "hold": _STR,
-        "machine": _STR,
-        "seed": _INT,
-        "batch": _INT,
-        "accuracy_dense_float": _FLOAT,
-        "accuracy_float": _FLOAT,
-        "accuracy_integer": _FLOAT,
-        "latency_cycles": _INT,
-        "latency_ms": _FLOAT,
-        "compute_cycles": _INT,
-        "speedup_compute_only": _FLOAT,
-        "speedup_with_memory": _FLOAT,
-        "speedup_equal_area": _FLOAT,
-        "energy_pj": _FLOAT,
-        "dense_energy_pj": _FLOAT,
-        "dram_bytes": _INT,
-        "average_bandwidth_gb_per_s": _FLOAT,
-        "peak_bandwidth_gb_per_s": _FLOAT,
-        "peak_demand_gb_per_s": _FLOAT,
-        "area_mm2": _FLOAT,
-        "image_bytes": _INT,
-        "file_bytes": _INT,
-        "fp32_bytes": _INT,
-        "int8_bytes": _INT,
-        "bits_per_weight": _FLOAT,
-        "compression_vs_fp32": _FLOAT,
-        "weight_count": _INT,
-        "macs": _INT,
-        "training_key": _STR,
-        "training_settings": _STR,
-        "model_version": _STR,
-        "error": _STR,
-    },
-    "layers": {
-        "key": _STR,
-        "layer": _STR,
-        "macs": _INT,
-        "weight_count": _INT,
-        "latency_cycles": _INT,
-        "compute_cycles": _INT,
-        "dram_bytes": _INT,
-        "bound": _STR,
-        "bits_per_weight": _FLOAT,
-        "utilization": _FLOAT,
-    },
-    "energy": {"key": _STR, "layer": _STR, "component": _STR, "energy_pj": _FLOAT, "dense_energy_pj": _FLOAT},
-    "storage": {"key": _STR, "layer": _STR, "stream": _STR, "size_bits": _INT},
-}
-"""Columns that every part has, with their types; a column that a row leaves out is null. Rows may bring
-more columns.
-
-``error`` is null, or says why a point has no result (it does not fit its machine): such a point is not
-tried again.
-"""
-
-_EMPTY = {name: pa.schema(columns).empty_table() for name, columns in TABLES.items()}
-_DETAILS = ("layers", "energy", "storage")
 _ORDER = ("network", "block_rows", "block_columns", "pruned", "unified", "hold", "machine", "seed", "key")
-_METADATA_KEY = b"hwsim.store_schema"
-_REPLACES_KEY = b"hwsim.replaces"
-_PART = re.compile(r"(?P<batch>\d{20}-[0-9a-f]{8})\.[0-9a-f]{16}\.parquet")
-_LOCK_SECONDS = 60.0
 _PARTS_TO_MERGE = 64
 _LARGE_BYTES = 64 * 2**20
+_WORTH_MERGING_BYTES = 4 * 2**20
+"""Smaller parts are merged, into parts of at most the former; to write larger ones again costs more than they cost a reader."""
 _TRIES = 5
 Result = TypeVar("Result")
-_PACKAGES = ("hwsim", "numpy", "numba", "torch", "pandas", "pyarrow")
 
 
 class ResultStore:
@@ -157,8 +87,8 @@ class ResultStore:
         self.path = Path(path)
         self.flush_points = flush_points
         self.flush_seconds = flush_seconds
-        self._batches = [_EMPTY]
-        self._schemas = {name: table.schema for name, table in _EMPTY.items()}
+        self._batches = [EMPTY]
+        self._schemas = {name: table.schema for name, table in EMPTY.items()}
         self._buffered: set[str] = set()
         self._stored: set[str] = set()
         self._seen: set[str] = set()
@@ -211,7 +141,7 @@ class ResultStore:
         """
         rows = {"points": points, "layers": layers, "energy": energy, "storage": storage}
         problems: list[Problem] = []
-        batch = {name: _table(name, rows[name], problems) for name in TABLES}
+        batch = {name: table_of_rows(name, rows[name], problems) for name in TABLES}
         return self._append(batch, problems)
 
     def append_tables(self, tables: Mapping[str, pa.Table]) -> int:
@@ -223,16 +153,16 @@ class ResultStore:
             As `append`.
         """
         problems: list[Problem] = []
-        batch = {name: _checked(name, tables.get(name, _EMPTY[name]), problems) for name in TABLES}
+        batch = {name: checked_table(name, tables.get(name, EMPTY[name]), problems) for name in TABLES}
         return self._append(batch, problems)
 
     def _append(self, batch: dict[str, pa.Table], problems: list[Problem]) -> int:
-        schemas = _fit_together(batch, self._schemas, problems)
+        schemas = fit_together(batch, self._schemas, problems)
         if problems:
             raise InputError(str(self.path), problems)
         keys = batch["points"]["key"].to_pylist()
         known = {key for key in keys if key in self._stored or key in self._buffered}
-        self._batches.append({name: _without(table, known) for name, table in batch.items()})
+        self._batches.append({name: without(table, known) for name, table in batch.items()})
         self._schemas = schemas
         self._buffered.update(keys)
         if len(self._buffered) >= self.flush_points or time.monotonic() - self._flushed >= self.flush_seconds:
@@ -253,8 +183,8 @@ class ResultStore:
                 # Damage is reported by whoever reads; here the results in memory come first.
                 self._look_at_new_parts(skip_damaged=True)
                 known = self._buffered & self._stored
-                whole = {name: _concat([batch[name] for batch in self._batches]) for name in TABLES}
-                whole = {name: _without(table, known) for name, table in whole.items()}
+                whole = {name: concat([batch[name] for batch in self._batches]) for name in TABLES}
+                whole = {name: without(table, known) for name, table in whole.items()}
                 if whole["points"].num_rows:
                     self._write(whole)
                     self._written += 1
@@ -262,7 +192,7 @@ class ResultStore:
                         self._merge_parts()
             self._stored |= self._buffered
             self._buffered = set()
-            self._batches = [_EMPTY]
+            self._batches = [EMPTY]
         self._flushed = time.monotonic()
 
     def compact(self) -> None:
@@ -364,7 +294,7 @@ class ResultStore:
         """
         run = {
             "configuration": json.loads(json.dumps(configuration, allow_nan=False)),
-            "versions": _versions(),
+            "versions": versions(),
         }
         with self._turn():
             manifest = self.manifest()
@@ -394,7 +324,7 @@ class ResultStore:
             problem = Problem("", f"not a readable manifest of a result store: {error!r}", hint)
             raise FormatError(str(path), problem) from None
         if version != SCHEMA_VERSION or not isinstance(runs, list):
-            raise FormatError(str(path), _version_problem(version))
+            raise FormatError(str(path), version_problem(version))
         return manifest
 
     def _repr_html_(self) -> str:
@@ -412,7 +342,7 @@ class ResultStore:
     def _files(self, table: str) -> dict[str, Path]:
         folder = self._folder(table)
         names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        return {match["batch"]: folder / name for name in names if (match := _PART.fullmatch(name))}
+        return {match["batch"]: folder / name for name in names if (match := PART.fullmatch(name))}
 
     def _undisturbed(self, read: Callable[[], Result]) -> Result:
         """What ``read`` returns; once more if another process merged parts while it read them."""
@@ -430,24 +360,24 @@ class ResultStore:
             if batch in self._seen:
                 continue
             try:
-                part = _read_part(path, ["key"])
+                part = read_part(path, ["key"])
             except FormatError:
                 if not skip_damaged:
                     raise
             else:
                 self._stored.update(part["key"].to_pylist())
-                self._replaced.update(_replaced_by(path))
+                self._replaced.update(replaced_by(path))
                 self._seen.add(batch)
 
     def _whole(self, table: str, wanted: Collection[str] | None) -> pa.Table:
         """All rows of a table, every point once."""
         self._look_at_new_parts(skip_damaged=False)
         repeated = self._repeated_keys()
-        parts = [_EMPTY[table]]
+        parts = [EMPTY[table]]
         for batch, path in self._parts(table).items():
             if batch in repeated:
-                parts.append(_without(_read_part(path, wanted), repeated[batch]))
-        return _concat(parts)
+                parts.append(without(read_part(path, wanted), repeated[batch]))
+        return concat(parts)
 
     def _repeated_keys(self, *, skip_damaged: bool = False) -> dict[str, list[str]]:
         """For each batch the keys that an earlier batch has already."""
@@ -456,7 +386,7 @@ class ResultStore:
         for batch, path in self._parts("points").items():
             if skip_damaged and batch not in self._seen:
                 continue
-            keys = _read_part(path, ["key"])["key"].to_pylist()
+            keys = read_part(path, ["key"])["key"].to_pylist()
             repeated[batch] = [key for key in keys if key in seen]
             seen.update(keys)
         return repeated
@@ -470,7 +400,7 @@ class ResultStore:
                 for table in TABLES:
                     self._folder(table).mkdir(parents=True, exist_ok=True)
                 lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-                _wait_for(lock, self.path)
+                wait_for_turn(lock, self.path)
                 self._clear_leftovers()
             if not (self.path / "manifest.json").exists():
                 self._write_manifest(self.manifest())
@@ -485,7 +415,7 @@ class ResultStore:
             path.unlink(missing_ok=True)
         self._look_at_new_parts(skip_damaged=True)
         stored = self._parts("points").keys()
-        for table in ("points", *_DETAILS):  # points first: details without them do not count
+        for table in ("points", *DETAILS):  # points first: details without them do not count
             cut_off = [path for batch, path in self._files(table).items() if batch not in stored]
             for path in (*self._folder(table).glob(".*.tmp"), *cut_off):
                 path.unlink(missing_ok=True)
@@ -498,7 +428,7 @@ class ResultStore:
         files = {name: self._parts(name) for name in TABLES}
         for batch in sorted(self._seen & files["points"].keys()):
             size_bytes = sum(paths[batch].stat().st_size for paths in files.values() if batch in paths)
-            if size_bytes >= _LARGE_BYTES:
+            if size_bytes >= _WORTH_MERGING_BYTES:
                 continue
             if group_bytes + size_bytes > _LARGE_BYTES:
                 groups.append([])
@@ -511,8 +441,8 @@ class ResultStore:
                 whole = {}
                 for name in TABLES:
                     read = [(batch, files[name][batch]) for batch in group if batch in files[name]]
-                    tables = [_without(_read_part(path), repeated[batch]) for batch, path in read]
-                    whole[name] = _concat([_EMPTY[name], *tables])
+                    tables = [without(read_part(path), repeated[batch]) for batch, path in read]
+                    whole[name] = concat([EMPTY[name], *tables])
                 self._write(whole, replaces=group)
                 self._replaced.update(group)
         self._clear_leftovers()
@@ -520,10 +450,10 @@ class ResultStore:
     def _write(self, batch: dict[str, pa.Table], replaces: Sequence[str] = ()) -> None:
         name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
         try:
-            for table in (*_DETAILS, "points"):  # points last: with it the batch exists
+            for table in (*DETAILS, "points"):  # points last: with it the batch exists
                 if batch[table].num_rows:
-                    data = _encode(batch[table], replaces)
-                    write_atomically(self._folder(table) / f"{name}.{_digest(data)}.parquet", data)
+                    data = encode_part(batch[table], replaces)
+                    write_atomically(self._folder(table) / f"{name}.{part_digest(data)}.parquet", data)
         except HwsimError as error:
             with disk_errors(self.path):
                 self._clear_leftovers()
@@ -538,175 +468,3 @@ class ResultStore:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
-
-
-def _wait_for(lock: int, path: Path) -> None:
-    deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise HwsimError(
-                    f"{path}: another process has held the store for {_LOCK_SECONDS:.0f} s "
-                    "(is a sweep stopped or hanging? continue or end it, then try again)"
-                ) from None
-            time.sleep(0.01)
-
-
-def _fit_together(
-    batch: dict[str, pa.Table], schemas: dict[str, pa.Schema], problems: list[Problem]
-) -> dict[str, pa.Schema]:
-    """The schemas with the columns of one call; what of the call does not fit together is noted."""
-    keys = batch["points"]["key"].to_pylist()
-    if len(set(keys)) < len(keys):
-        problems.append(Problem("points.key", "a key is there twice in one call"))
-    for name in _DETAILS:
-        strangers = sorted(set(batch[name]["key"].to_pylist()) - set(keys) - {None})
-        problems += [
-            Problem(f"{name}.key", f"{key!r} is none of the points of this call") for key in strangers
-        ]
-    unified = {}
-    for name, table in batch.items():
-        try:
-            unified[name] = pa.unify_schemas([schemas[name], table.schema], promote_options="permissive")
-        except pa.ArrowTypeError as error:
-            problems.append(Problem(name, f"a column changed its type: {error}"))
-    return unified
-
-
-def _checked(name: str, table: pa.Table, problems: list[Problem]) -> pa.Table:
-    """An Arrow table with the columns and types of the store."""
-    columns = {}
-    for column in (*TABLES[name], *sorted(set(table.column_names) - TABLES[name].keys())):
-        wanted = TABLES[name].get(column)
-        if column not in table.column_names:
-            columns[column] = pa.nulls(table.num_rows, wanted)
-            continue
-        try:
-            columns[column] = _typed(table[column], wanted)
-        except (pa.ArrowException, ValueError) as error:
-            problems.append(Problem(f"{name}.{column}", str(error)))
-            columns[column] = pa.nulls(table.num_rows, wanted)
-    if columns["key"].null_count:
-        problems.append(Problem(f"{name}.key", "missing in a row"))
-    return pa.table({column: array for column, array in columns.items() if not pa.types.is_null(array.type)})
-
-
-def _table(name: str, rows: Sequence[Mapping[str, Any]], problems: list[Problem]) -> pa.Table:
-    others = sorted({column for row in rows for column in row} - TABLES[name].keys())
-    columns = {}
-    for column in (*TABLES[name], *others):
-        try:
-            array = _array([row.get(column) for row in rows], TABLES[name].get(column))
-        except (pa.ArrowException, OverflowError, ValueError) as error:
-            problems.append(Problem(f"{name}.{column}", str(error)))
-            array = pa.nulls(len(rows), TABLES[name].get(column))
-        if not pa.types.is_null(array.type):
-            columns[column] = array
-    if columns["key"].null_count:
-        problems.append(Problem(f"{name}.key", "missing in a row"))
-    return pa.table(columns)
-
-
-def _array(values: list[Any], wanted: pa.DataType | None) -> pa.Array:
-    """One column. What its type cannot hold exactly is refused, never rounded or converted."""
-    return _typed(
-        pa.array(values), wanted
-    )  # its own type first: with a type given, pyarrow cuts 1.5 to the integer 1
-
-
-def _typed(array: pa.Array, wanted: pa.DataType | None) -> pa.Array:
-    found = _kind(array.type)
-    wanted = wanted or found
-    numbers = (_INT, _FLOAT)
-    if found not in (wanted, pa.null()) and not (found in numbers and wanted in numbers):
-        raise ValueError(f"values of type {found}, the column holds {wanted}")
-    array = array.cast(wanted)
-    if wanted == _FLOAT and not pc.all(pc.is_finite(array), min_count=0).as_py():
-        raise ValueError("NaN or infinite; leave a value out (None) where there is none")
-    return array
-
-
-def _kind(found: pa.DataType) -> pa.DataType:
-    if pa.types.is_integer(found):
-        return _INT
-    if pa.types.is_floating(found):
-        return _FLOAT
-    if pa.types.is_large_string(found):
-        return _STR
-    if found not in (_STR, pa.bool_(), pa.null()):
-        raise ValueError(f"values of type {found}; a column holds text, numbers or truth values")
-    return found
-
-
-def _concat(tables: Sequence[pa.Table]) -> pa.Table:
-    return pa.concat_tables(tables, promote_options="permissive")
-
-
-def _without(table: pa.Table, keys: Collection[str]) -> pa.Table:
-    """The rows of a table whose key is not among ``keys``."""
-    if not keys:
-        return table
-    return table.filter(pc.invert(pc.is_in(table["key"], pa.array(keys, _STR))))
-
-
-def _encode(table: pa.Table, replaces: Sequence[str] = ()) -> bytes:
-    sink = io.BytesIO()
-    stamp = {_METADATA_KEY: SCHEMA_VERSION.encode()}
-    if replaces:
-        stamp[_REPLACES_KEY] = " ".join(replaces).encode()
-    stamped = table.replace_schema_metadata(stamp)
-    pq.write_table(stamped, sink, compression="zstd")
-    return sink.getvalue()
-
-
-def _replaced_by(path: Path) -> list[str]:
-    """The batches that a part stands for."""
-    metadata = pq.read_schema(path).metadata or {}
-    return metadata.get(_REPLACES_KEY, b"").decode().split()
-
-
-def _read_part(path: Path, columns: Collection[str] | None = None) -> pa.Table:
-    """A part, or those of the columns that it has, after its digest and version were checked.
-
-    A part that is not there raises FileNotFoundError: it may have been merged into another one meanwhile.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError:
-        with disk_errors(path):
-            raise
-    if _digest(data) != path.name.split(".")[1]:
-        hint = "restore it, or delete it and run the sweep again: only its points are computed anew"
-        raise FormatError(
-            str(path), Problem("", "damaged: its content does not match the digest in its name", hint)
-        )
-    file = pq.ParquetFile(pa.BufferReader(data))
-    version = (file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"none").decode()
-    if version != SCHEMA_VERSION:
-        raise FormatError(str(path), _version_problem(version))
-    names = [name for name in file.schema_arrow.names if columns is None or name in columns]
-    return file.read(columns=names).replace_schema_metadata()
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _version_problem(version: object) -> Problem:
-    message = f"written with store version {version!r}, this program reads {SCHEMA_VERSION!r}"
-    return Problem("", message, "give another folder, or use the version of hwsim that wrote it")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"model": MODEL_VERSION, "python": platform.python_version(), "platform": platform.platform()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            versions[name] = "not installed"
-    return versions

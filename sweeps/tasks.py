@@ -22,12 +22,12 @@ from hwsim.errors import FitError, FormatError, InputError
 from hwsim.kept import Kept
 from sweeps.batch import Grid, area_mm2, evaluate_batch
 from sweeps.space import Point, RandomTypes, Space
-from sweeps.weights import artifact_path, dense_path, train_dense, train_point
+from sweeps.tables import detail_frames
+from sweeps.weights import artifact_path, dense_path, random_point_layers, train_dense, train_point
 
 if TYPE_CHECKING:
     from compress.fit import Progress
     from hwsim.layer import Layer
-    from hwsim.report import Report
 
 __all__ = ["Stopped", "Work", "decoded", "evaluate", "report_to", "train", "weights_text"]
 
@@ -144,14 +144,7 @@ def _encoded(table: pa.Table) -> bytes:
 def _layers(point: Point, artifact: bytes | None) -> tuple[list[Layer], dict[str, Any]]:
     """The layers of a point, and what was measured of its weights: accuracies and bytes on disk."""
     if isinstance(point.weights, RandomTypes):
-        from compress.zoo_shapes import zoo_shapes
-        from hwsim.layer import random_layers
-
-        exempt = point.weights.exempt == "first_and_last"
-        shapes = zoo_shapes(point.network, point.batch)
-        return random_layers(
-            shapes, point.block, point.pruned, point.unified, point.seed, exempt_first_last=exempt
-        ), {}
+        return random_point_layers(point), {}
     from compress.artifact import load_artifact
 
     assert artifact is not None  # the runner trains it first
@@ -173,18 +166,6 @@ def _layers(point: Point, artifact: bytes | None) -> tuple[list[Layer], dict[str
     return loaded.layers(point.batch), measured | {"file_bytes": len(artifact)}
 
 
-_LAYER_COLUMNS = (
-    "layer",
-    "macs",
-    "weight_count",
-    "latency_cycles",
-    "compute_cycles",
-    "dram_bytes",
-    "bound",
-    "bits_per_weight",
-)
-
-
 def _details(grid: Grid, numbers: NDArray[np.int64], layers: list[Layer]) -> dict[str, pa.Table]:
     from hwsim.simulator import simulate
 
@@ -195,15 +176,6 @@ def _details(grid: Grid, numbers: NDArray[np.int64], layers: list[Layer]) -> dic
             report = simulate(point.machine(area_mm2), layers, network=point.network)
         except (InputError, FitError):  # the reason stands in the row of the point
             continue
-        for name, table in _detail_tables(point.key, report).items():
-            tables[name].append(table)
+        for name, frame in detail_frames(point.key, report).items():
+            tables[name].append(pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata())
     return {name: pa.concat_tables(parts) for name, parts in tables.items() if parts}
-
-
-def _detail_tables(key: str, report: Report) -> dict[str, pa.Table]:
-    layers = report.layers[list(_LAYER_COLUMNS)].assign(utilization=report.layers["pe_utilization"])
-    frames = {"layers": layers, "energy": report.energy, "storage": report.storage}
-    return {
-        name: pa.Table.from_pandas(frame.assign(key=key), preserve_index=False).replace_schema_metadata()
-        for name, frame in frames.items()
-    }

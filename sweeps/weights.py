@@ -7,13 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeps.space import Point, Training
+from sweeps.space import Point, RandomTypes, Training
 
 if TYPE_CHECKING:
     from compress.data import Dataset
     from compress.fit import Progress
+    from hwsim.layer import Layer
 
-__all__ = ["artifact_path", "dense_path", "train_dense", "train_point"]
+__all__ = ["artifact_path", "dense_path", "random_point_layers", "train_dense", "train_point"]
 
 CALIBRATION_IMAGES = 512
 """Training images that set the activation scales of the integer model."""
@@ -27,6 +28,23 @@ def dense_path(folder: Path, point: Point) -> Path:
 def artifact_path(folder: Path, point: Point) -> Path:
     """Where the compressed network of a point lies."""
     return folder / "artifacts" / f"{point.training_key}.hws.safetensors"
+
+
+def random_point_layers(point: Point) -> list[Layer]:
+    """The layers of a point whose block types are drawn."""
+    from compress.zoo_shapes import zoo_shapes
+    from hwsim.layer import random_layers
+
+    if not isinstance(point.weights, RandomTypes):
+        raise TypeError(f"point {point.key} has trained weights")
+    return random_layers(
+        zoo_shapes(point.network, point.batch),
+        point.block,
+        point.pruned,
+        point.unified,
+        point.seed,
+        exempt_first_last=point.weights.exempt == "first_and_last",
+    )
 
 
 def train_dense(folder: Path, point: Point, progress: Callable[[Progress], None] | None = None) -> None:

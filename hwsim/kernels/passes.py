@@ -21,7 +21,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["MAX_BANKS", "MAX_BLOCK_COLUMNS", "PassConfig", "run_passes"]
+__all__ = [
+    "MAX_BANKS",
+    "MAX_BLOCK_COLUMNS",
+    "Executed",
+    "PassConfig",
+    "list_executed",
+    "run_executed",
+    "run_passes",
+]
 
 N_COUNTERS = 13
 MAX_BANKS = 4096
@@ -54,6 +62,42 @@ class PassConfig(NamedTuple):
     segment_words: int
 
 
+class Executed(NamedTuple):
+    """The blocks of a layer that are not pruned: what is the same for all machines that see its types alike.
+
+    ``begin``: int64 ``[G, Mb + 1]`` where each block row begins in ``blocks``; ``blocks``: int32 ``[any]`` twice the block
+    column, plus 1 if the block is dense, ascending within a row; ``k_blocks``: block columns of the layer.
+    """
+
+    begin: NDArray
+    blocks: NDArray
+    k_blocks: int
+
+
+@njit(cache=True, nogil=True)
+def list_executed(types):  # type: ignore[no-untyped-def]
+    """The `Executed` blocks of ``types``: uint8 ``[G, Mb, Kb]`` after feature conversion."""
+    groups, m_blocks, k_blocks = types.shape
+    begin = np.empty((groups, m_blocks + 1), np.int64)
+    total = np.int64(0)
+    for group in range(groups):
+        for r in range(m_blocks):
+            begin[group, r] = total
+            for j in range(k_blocks):
+                total += types[group, r, j] != 0
+        begin[group, m_blocks] = total
+    blocks = np.empty(total + 1, np.int32)  # one more, since a block is written before it is known to be kept
+    at = np.uint64(0)
+    for group in range(groups):
+        for r in range(m_blocks):
+            row = types[group, r]
+            for j in range(k_blocks):
+                code = row[j]
+                blocks[at] = np.int32(2 * j + (code >> np.uint8(1)))
+                at += np.uint64(code != 0)
+    return Executed(begin, blocks, k_blocks)
+
+
 @njit(cache=True, nogil=True)
 def run_passes(types: NDArray, order: NDArray, config: PassConfig) -> NDArray:
     """Counters of every row tile and segment of a layer.
@@ -72,7 +116,14 @@ def run_passes(types: NDArray, order: NDArray, config: PassConfig) -> NDArray:
     int64 array ``[G, ceil(Mb / rows), ceil(Kb / segment_words), 13]``
         In the order of `hwsim.oracle.COUNTERS`.
     """
-    groups, m_blocks, k_blocks = types.shape
+    return run_executed(list_executed(types), order, config)
+
+
+@njit(cache=True, nogil=True)
+def run_executed(executed: Executed, order: NDArray, config: PassConfig) -> NDArray:
+    """`run_passes` for blocks that are listed already."""
+    groups, m_blocks = order.shape
+    k_blocks = executed.k_blocks
     rows = config.rows
     segment_words = min(config.segment_words, k_blocks)
     tiles = (m_blocks + rows - 1) // rows
@@ -85,16 +136,19 @@ def run_passes(types: NDArray, order: NDArray, config: PassConfig) -> NDArray:
         1 + np.arange(k_blocks + 1) // config.skip_window,
         np.zeros(2 * live * width, np.int32),
         np.empty(live, np.int64),
+        np.empty(live, np.int64),
         np.empty(config.banks, np.int64),
         np.empty(8 * live, np.int64),
     )
     for group in range(groups):
         for tile in range(tiles):
             block_rows = order[group, tile * rows : (tile + 1) * rows]
+            for r in range(block_rows.size):
+                work.following[r] = executed.begin[group, block_rows[r]]
             for segment in range(segments):
                 begin = segment * segment_words
                 end = min(begin + segment_words, k_blocks)
-                dense = _list_executed(types[group], block_rows, begin, end, width, work)
+                dense = _take_executed(executed, group, block_rows, begin, end, width, work)
                 _segment(block_rows.size, begin, end, width, dense, config, work, out[group, tile, segment])
     return out
 
@@ -105,7 +159,8 @@ class _Work(NamedTuple):
     ``entries[j]`` is block column j as `_block_entries` packs it; ``steps[d]`` the scan cycles that reach a block d columns
     ahead. ``blocks`` interleaves two arrays: at ``2 · (r * width + i)`` the entry of the i-th block of row r that is not
     pruned, its low bit set if it is dense, and -1 behind the last; at ``2 · (r * width + Q + i) + 1`` the cycle in which that
-    block was granted, behind Q zeros. ``state`` holds, per active row, the fields named below it.
+    block was granted, behind Q zeros. ``counts`` and ``following``: blocks of each row in this segment, and where those of the
+    next one begin in ``Executed.blocks``. ``state`` holds, per active row, the fields named below it.
     ``best`` is the smallest request of each bank.
     """
 
@@ -113,6 +168,7 @@ class _Work(NamedTuple):
     steps: NDArray
     blocks: NDArray
     counts: NDArray
+    following: NDArray
     best: NDArray
     state: NDArray
 
@@ -138,20 +194,25 @@ _ONE, _TWO = np.uint64(1), np.uint64(2)
 
 
 @njit(cache=True, nogil=True)
-def _list_executed(types, block_rows, begin, end, width, work):  # type: ignore[no-untyped-def]
-    """List the blocks of each row that are not pruned; returns how many of them are dense."""
-    blocks = work.blocks
-    entries = work.entries[begin:end]
+def _take_executed(executed, group, block_rows, begin, end, width, work):  # type: ignore[no-untyped-def]
+    """The blocks of each row in a segment, into ``work.blocks``; returns how many of them are dense."""
+    blocks, entries = work.blocks, work.entries[begin:end]
     dense = np.int64(0)
+    limit = np.int32(2 * end)
     for r in range(block_rows.size):
-        row = types[block_rows[r], begin:end]
         at = np.uint64(2 * r * width)
-        for j in range(np.uint64(end - begin)):
-            code = row[j]
-            is_dense = np.int32(code >> np.uint8(1))
-            blocks[at] = entries[j] + is_dense  # written always, kept only if the block is not pruned
-            at += np.uint64(2 * (code != 0))
+        taken = np.uint64(work.following[r])
+        stop = np.uint64(executed.begin[group, block_rows[r] + 1])
+        while taken < stop:
+            code = executed.blocks[taken]
+            if code >= limit:
+                break
+            is_dense = code & np.int32(1)
+            blocks[at] = entries[np.uint64((code >> 1) - begin)] + is_dense
+            at += _TWO
             dense += is_dense
+            taken += _ONE
+        work.following[r] = np.int64(taken)
         blocks[at] = -1
         work.counts[r] = np.int64(at) // 2 - r * width
     return dense

@@ -1,7 +1,7 @@
 """Steps of a layer: how row tiles and column tiles are grouped, and what the chain of passes and transfers costs.
 
-The kernels take integers only: `plan_steps` groups, `work_of_steps` says what each step computes and which bytes it moves,
-whatever the DRAM, and `time_steps` what that takes over one channel. Units of columns are output rows or, where one output row
+The kernels take integers only: `plan_steps` groups, `moves_of_steps` says which bytes each step moves, `work_of_passes` what
+it computes, and `time_steps` what both take over one DRAM channel. Units of columns are output rows or, where one output row
 does not fit, single column tiles (``split``); a column group is a run of units. See
 docs/microarchitecture.md, "A layer".
 """
@@ -23,11 +23,12 @@ __all__ = [
     "StepPlan",
     "Tiles",
     "bus_bytes",
+    "moves_of_steps",
     "plan_steps",
     "time_steps",
     "transfer_cycles",
     "widest_unit_bits",
-    "work_of_steps",
+    "work_of_passes",
 ]
 
 STEP_FIELDS = (
@@ -100,14 +101,12 @@ class StepPlan(NamedTuple):
 class Tiles(NamedTuple):
     """Row tiles of all groups.
 
-    ``cycles``: int64 ``[G, T, segments]`` of a pass. ``channels``: int64 ``[G, T]`` real output channels. ``usage``: int64
-    ``[G, T, R, 4]`` bytes in each row's type, sign, magnitude and dense memory, and ``share``: int64 ``[4]`` what a group of
-    row tiles may use of each. ``order``: int64 ``[G, Mb]`` block rows in execution order. ``row_bytes``: int64
-    ``[G, Mb, 6]`` bytes of a block row's offsets, channel parameters, type, sign, magnitude and dense stream;
-    ``order_bytes`` of its place in the stored order.
+    ``channels``: int64 ``[G, T]`` real output channels. ``usage``: int64 ``[G, T, R, 4]`` bytes in each row's type, sign,
+    magnitude and dense memory, and ``share``: int64 ``[4]`` what a group of row tiles may use of each. ``order``: int64
+    ``[G, Mb]`` block rows in execution order. ``row_bytes``: int64 ``[G, Mb, 6]`` bytes of a block row's offsets, channel
+    parameters, type, sign, magnitude and dense stream; ``order_bytes`` of its place in the stored order.
     """
 
-    cycles: NDArray
     channels: NDArray
     usage: NDArray
     share: NDArray
@@ -115,7 +114,6 @@ class Tiles(NamedTuple):
     row_bytes: NDArray
     order_bytes: int
     rows: int
-    k_blocks: int
 
 
 class ColumnUnits(NamedTuple):
@@ -358,20 +356,20 @@ def _input_ranges(units, u0, u1, v0, v1, seen, held, stamp, moved, n, phase):  #
 
 
 @njit(cache=True, nogil=True)
-def work_of_steps(tiles, units, steps, plan, whole_weights, whole_inputs, config):  # type: ignore[no-untyped-def]
-    """What the steps compute and move, whatever the DRAM.
+def moves_of_steps(tiles, units, steps, plan, whole_weights, whole_inputs, config):  # type: ignore[no-untyped-def]
+    """What the steps move and repeat, whatever the DRAM and however long a pass takes.
 
     Parameters
     ----------
     tiles, units, steps, plan, config
-        As for `plan_steps`, with its result.
+        As for `plan_steps`, with its result; the cycles of the tiles do not matter.
     whole_weights, whole_inputs : int64 ``[any]``
         Bytes of the transfers that load weights and inputs held whole, before the first step; empty where they are not.
 
     Returns
     -------
-    int64 ``[steps, 4]``
-        Cycles of the passes, of fill stalls and of drain stalls, and words filled.
+    int64 ``[steps, 5]``
+        Group, first and last row tile, first column and columns of each step, for `work_of_passes`.
     int64 ``[transfers, 4]``
         Phase, kind (`WEIGHT_LOAD`, `INPUT_LOAD`, `STREAM`, `STORE`), bytes, and how many of them. Phase 0 is before the first
         step, phase ``i + 1`` step i, the last one after the last step: what step i needs is loaded in phase i, what it
@@ -382,7 +380,7 @@ def work_of_steps(tiles, units, steps, plan, whole_weights, whole_inputs, config
         How often each row tile's weights were loaded.
     """
     n_steps = steps.shape[0]
-    work = np.zeros((n_steps, 4), np.int64)
+    spans = np.empty((n_steps, 5), np.int64)
     passes = np.zeros(tiles.channels.shape, np.int64)
     loads = np.zeros(tiles.channels.shape, np.int64)
     seen = np.full(max(units.input_rows, 1), -1, np.int64)
@@ -408,20 +406,23 @@ def work_of_steps(tiles, units, steps, plan, whole_weights, whole_inputs, config
             if same_group:
                 v0, v1 = steps[i - 1, 3], steps[i - 1, 4]
             moved, n = _input_ranges(units, u0, u1, v0, v1, seen, held, i, moved, n, i)
-        outputs = _channels(tiles, group, t0, t1) * _positions(units, u0, u1)
+        positions = _positions(units, u0, u1)
+        outputs = _channels(tiles, group, t0, t1) * positions
         moved, n = _add(moved, n, i + 2, STORE, (outputs * config.activation_bits + 7) // 8, 1)
-        if plan.streamed:
-            column_tiles = (_positions(units, u0, u1) + config.columns - 1) // config.columns
-            for t in range(t0, t1):
+        column_tiles = (positions + config.columns - 1) // config.columns
+        spans[i, 0], spans[i, 1], spans[i, 2] = group, t0, t1
+        spans[i, 3], spans[i, 4] = units.start[u0], positions
+        for t in range(t0, t1):
+            passes[group, t] += column_tiles
+            if plan.streamed:
                 moved, n = _weight_ranges(
                     tiles, group, t, t + 1, chosen, moved, n, i + 1, STREAM, column_tiles
                 )
-    _chain(tiles, units, steps, config, work, passes)
     if plan.streamed:
         loads[:] = passes
     elif not plan.weight_limited:
         loads[:] = 1
-    return work, moved[:n].copy(), passes, loads
+    return spans, moved[:n].copy(), passes, loads
 
 
 @njit(cache=True, nogil=True)
@@ -431,7 +432,7 @@ def time_steps(work, moved, channel):  # type: ignore[no-untyped-def]
     Parameters
     ----------
     work, moved
-        Of `work_of_steps`.
+        Of `work_of_passes` and `moves_of_steps`.
     channel : Channel
     """
     n = work.shape[0]
@@ -459,28 +460,47 @@ def time_steps(work, moved, channel):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _chain(tiles, units, steps, config, work, passes):  # type: ignore[no-untyped-def]
-    """Walk the passes of the layer in order: fills overlap the segment before, drains the pass after."""
-    segments = tiles.cycles.shape[2]
+def work_of_passes(cycles, channels, k_blocks, spans, config):  # type: ignore[no-untyped-def]
+    """Walk the passes of the layer in order: fills overlap the segment before, drains the pass after.
+
+    Parameters
+    ----------
+    cycles : int64 ``[G, T, segments]``
+        Of a pass of each row tile.
+    channels : int64 ``[G, T]``
+        Real output channels of each row tile.
+    k_blocks : int
+        Block columns of a group.
+    spans : int64 ``[steps, 5]``
+        Of `moves_of_steps`.
+    config : StepConfig
+
+    Returns
+    -------
+    int64 ``[steps, 4]``
+        Cycles of the passes, of fill stalls and of drain stalls, and words filled.
+    """
+    segments = cycles.shape[2]
     words = np.empty(segments, np.int64)
     fill = np.empty(segments, np.int64)
     for s in range(segments):
-        words[s] = min(config.segment_words, tiles.k_blocks - s * config.segment_words)
+        words[s] = min(config.segment_words, k_blocks - s * config.segment_words)
         fill[s] = (words[s] + config.fill_words - 1) // config.fill_words
+    n = spans.shape[0]
+    work = np.zeros((n, 4), np.int64)
     # The first fill and the last drain overlap nothing.
     work[0, 1] += fill[0]
     work[0, 3] += words[0]
     drain = np.int64(0)
-    n = steps.shape[0]
     for i in range(n):
-        group, t0, t1, u0, u1 = steps[i, 0], steps[i, 1], steps[i, 2], steps[i, 3], steps[i, 4]
-        start = units.start[u0]
-        positions = _positions(units, u0, u1)
+        group, t0, t1, start, positions = spans[i, 0], spans[i, 1], spans[i, 2], spans[i, 3], spans[i, 4]
         column_tiles = (positions + config.columns - 1) // config.columns
-        for tile in range(column_tiles):
+        tile = np.int64(0)
+        while tile < column_tiles:
+            # All column tiles but the first and the last do the same: they are looked at once.
+            alike = max(column_tiles - 2, np.int64(1)) if tile == 1 else np.int64(1)
             live_columns = min(config.columns, positions - tile * config.columns)
             for t in range(t0, t1):
-                passes[group, t] += 1
                 total = np.int64(0)
                 for s in range(segments):
                     if s + 1 < segments:
@@ -492,26 +512,27 @@ def _chain(tiles, units, steps, config, work, passes):  # type: ignore[no-untype
                         elif tile + 1 < column_tiles:
                             refill = True
                         elif i + 1 < n:
-                            next_positions = _positions(units, steps[i + 1, 3], steps[i + 1, 4])
                             refill = (
                                 segments > 1
-                                or steps[i + 1, 0] != group
-                                or units.start[steps[i + 1, 3]] != start + tile * config.columns
-                                or min(config.columns, next_positions) != live_columns
+                                or spans[i + 1, 0] != group
+                                or spans[i + 1, 3] != start + tile * config.columns
+                                or min(config.columns, spans[i + 1, 4]) != live_columns
                             )
                         else:
                             refill = False
                         if not refill:
                             following = -1
-                    own = tiles.cycles[group, t, s]
+                    own = cycles[group, t, s]
                     next_fill = np.int64(0)
                     if following >= 0:
                         next_fill = fill[following]
-                        work[i, 3] += words[following]
-                    work[i, 0] += own
-                    work[i, 1] += max(next_fill - own, 0)
+                        work[i, 3] += alike * words[following]
+                    work[i, 0] += alike * own
+                    work[i, 1] += alike * max(next_fill - own, 0)
                     total += max(own, next_fill)
-                work[i, 2] += max(drain - total, 0)
-                outputs = tiles.channels[group, t] * live_columns
+                work[i, 2] += alike * max(drain - total, np.int64(0))
+                outputs = channels[group, t] * live_columns
                 drain = (outputs + config.drain_words - 1) // config.drain_words
+            tile += alike
     work[n - 1, 2] += drain
+    return work

@@ -17,12 +17,23 @@ from hwsim.kernels.steps import (
     Channel,
     StepPlan,
     bus_bytes,
+    moves_of_steps,
     plan_steps,
     transfer_cycles,
-    work_of_steps,
+    work_of_passes,
 )
 
-__all__ = ["TOTALS", "Demand", "Memories", "energy_of", "layer_totals", "network_totals", "plan_memories"]
+__all__ = [
+    "TOTALS",
+    "Demand",
+    "Memories",
+    "Schedule",
+    "energy_of",
+    "layer_schedule",
+    "layer_totals",
+    "network_totals",
+    "plan_memories",
+]
 
 N_COUNTERS = 13
 TOTALS = N_COUNTERS + 5
@@ -130,7 +141,7 @@ def classes_of_phases(work, moved):  # type: ignore[no-untyped-def]
     Parameters
     ----------
     work, moved
-        Of `hwsim.kernels.steps.work_of_steps`.
+        Of `hwsim.kernels.steps.work_of_passes` and `hwsim.kernels.steps.moves_of_steps`.
 
     Returns
     -------
@@ -169,66 +180,122 @@ def classes_of_phases(work, moved):  # type: ignore[no-untyped-def]
     return classes[:n_classes], transfers[:n_transfers]
 
 
-@njit(cache=True, nogil=True)
-def _totals_row(row, tiles, counters, work, passes, loads):  # type: ignore[no-untyped-def]
-    groups, n_tiles = passes.shape
-    for group in range(groups):
-        for t in range(n_tiles):
-            for c in range(N_COUNTERS):
-                row[c] += passes[group, t] * counters[group, t, c]
-            for r in range(tiles.rows):
-                for stream in range(4):
-                    row[N_COUNTERS + 1 + stream] += loads[group, t] * tiles.usage[group, t, r, stream]
-    for i in range(work.shape[0]):
-        row[N_COUNTERS] += work[i, 3]
+class Schedule(NamedTuple):
+    """Steps and transfers of a layer in both loop orders, weights outer first, one behind the other.
+
+    ``counts``: int64 ``[2, 2]`` steps and transfers of each. ``spans``, ``moved``: as `hwsim.kernels.steps.moves_of_steps`
+    gives them. ``passes``: int64 ``[2, G, T]``. ``loaded_bytes``: int64 ``[2, 4]`` into each weight memory.
+    """
+
+    counts: np.ndarray
+    spans: np.ndarray
+    moved: np.ndarray
+    passes: np.ndarray
+    loaded_bytes: np.ndarray
 
 
 @njit(cache=True, nogil=True)
-def layer_totals(tiles, units, counters, plan, whole_weights, whole_inputs, config):  # type: ignore[no-untyped-def]
-    """Both loop orders of a layer on one machine, whatever its DRAM.
+def layer_schedule(tiles, units, plan, whole_weights, whole_inputs, config):  # type: ignore[no-untyped-def]
+    """The fields of a `Schedule`: all that a layer's memories decide, however long its passes take.
 
     Parameters
     ----------
     tiles : Tiles
     units : ColumnUnits
-    counters : int64 ``[G, T, 13]``
-        Of one pass of each row tile, all segments together.
     plan : StepPlan
     whole_weights, whole_inputs : int64 ``[any]``
-        As for `hwsim.kernels.steps.work_of_steps`.
+        As for `hwsim.kernels.steps.moves_of_steps`.
     config : StepConfig
-
-    Returns
-    -------
-    int64 ``[2, TOTALS]``
-        Weights outer, columns outer.
-    int64 ``[2]``
-        Cycles of the passes with their stalls.
-    int64 ``[2]``
-        Classes of each order.
-    int64 ``[classes, 3]``, int64 ``[transfers, 3]``
-        Of `classes_of_phases`, one order behind the other.
     """
-    totals = np.zeros((2, TOTALS), np.int64)
-    busy = np.empty(2, np.int64)
-    counts = np.empty(2, np.int64)
-    all_classes = np.empty((0, 3), np.int64)
-    all_transfers = np.empty((0, 3), np.int64)
+    groups, n_tiles = tiles.channels.shape
+    counts = np.empty((2, 2), np.int64)
+    all_spans = np.empty((0, 5), np.int64)
+    all_moved = np.empty((0, 4), np.int64)
+    all_passes = np.empty((2, groups, n_tiles), np.int64)
+    loaded_bytes = np.zeros((2, 4), np.int64)
     for loop_order in range(2):
         ordered = StepPlan(
             1 - loop_order, plan.split, plan.streamed, plan.weight_limited, plan.input_half_bits
         )
         steps = plan_steps(tiles, units, ordered, config)
-        work, moved, passes, loads = work_of_steps(
+        spans, moved, passes, loads = moves_of_steps(
             tiles, units, steps, ordered, whole_weights, whole_inputs, config
         )
-        _totals_row(totals[loop_order], tiles, counters, work, passes, loads)
-        busy[loop_order] = work[:, :3].sum()
-        classes, transfers = classes_of_phases(work, moved)
-        counts[loop_order] = classes.shape[0]
-        all_classes = np.concatenate((all_classes, classes))
-        all_transfers = np.concatenate((all_transfers, transfers))
-    return totals, busy, counts, all_classes, all_transfers
+        counts[loop_order, 0], counts[loop_order, 1] = spans.shape[0], moved.shape[0]
+        all_spans = np.concatenate((all_spans, spans))
+        all_moved = np.concatenate((all_moved, moved))
+        all_passes[loop_order] = passes
+        for group in range(groups):
+            for t in range(n_tiles):
+                for r in range(tiles.rows):
+                    for stream in range(4):
+                        loaded_bytes[loop_order, stream] += loads[group, t] * tiles.usage[group, t, r, stream]
+    return counts, all_spans, all_moved, all_passes, loaded_bytes
+
+
+@njit(cache=True, nogil=True)
+def layer_totals(schedule, counters, channels, k_blocks, weights, constant, config):  # type: ignore[no-untyped-def]
+    """Both loop orders of a layer on one machine, whatever its DRAM.
+
+    Parameters
+    ----------
+    schedule : Schedule
+    counters : int64 ``[G, T, segments, 13]``
+        Of one pass of each row tile.
+    channels, k_blocks
+        As for `hwsim.kernels.steps.work_of_passes`.
+    weights : int64 ``[TOTALS, E]``
+    constant : int64 ``[E]``
+        What the totals add to the events, and what is added whatever they are.
+    config : StepConfig
+
+    Returns
+    -------
+    int64 ``[1, 2, E + 1]``
+        Weights outer, columns outer: events and cycles of the passes.
+    int64 ``[1, 2]``
+        Cycles of the passes with their stalls.
+    int64 ``[1, 2]``
+        Classes of each order.
+    int64 ``[classes, 3]``, int64 ``[transfers, 3]``
+        Of `classes_of_phases`, one order behind the other.
+    """
+    groups, n_tiles, segments, _ = counters.shape
+    n_events = constant.size
+    fixed = np.empty((1, 2, n_events + 1), np.int64)
+    busy = np.empty((1, 2), np.int64)
+    counts = np.empty((1, 2), np.int64)
+    cycles = counters[:, :, :, 0]
+    totals = np.empty(TOTALS, np.int64)
+    step, transfer = 0, 0
+    all_classes = np.empty((schedule.spans.shape[0] + 4, 3), np.int64)
+    all_transfers = np.empty((schedule.moved.shape[0], 3), np.int64)
+    n_classes, n_transfers = 0, 0
+    for order in range(2):
+        last_step, last_transfer = step + schedule.counts[order, 0], transfer + schedule.counts[order, 1]
+        work = work_of_passes(cycles, channels, k_blocks, schedule.spans[step:last_step], config)
+        classes, transfers = classes_of_phases(work, schedule.moved[transfer:last_transfer])
+        step, transfer = last_step, last_transfer
+        all_classes[n_classes : n_classes + len(classes)] = classes
+        all_transfers[n_transfers : n_transfers + len(transfers)] = transfers
+        n_classes += len(classes)
+        n_transfers += len(transfers)
+        counts[0, order] = len(classes)
+        busy[0, order] = work[:, :3].sum()
+        totals[:] = 0
+        for group in range(groups):
+            for t in range(n_tiles):
+                for segment in range(segments):
+                    for c in range(N_COUNTERS):
+                        totals[c] += schedule.passes[order, group, t] * counters[group, t, segment, c]
+        totals[N_COUNTERS] = work[:, 3].sum()
+        totals[N_COUNTERS + 1 :] = schedule.loaded_bytes[order]
+        fixed[0, order, :n_events] = constant
+        for counted in range(TOTALS):
+            for event in range(n_events):
+                fixed[0, order, event] += totals[counted] * weights[counted, event]
+        fixed[0, order, n_events] = totals[0]
+    return fixed, busy, counts, all_classes[:n_classes].copy(), all_transfers[:n_transfers].copy()
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

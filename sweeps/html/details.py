@@ -73,7 +73,7 @@ def point_detail(
     *,
     key: str,
     mark: str,
-    explanation: Explanation | None = None,
+    explanation: Explanation | str | None = None,
 ) -> Detail:
     """The page's part on one point.
 
@@ -86,13 +86,17 @@ def point_detail(
     columns : list of Column
         What tells points apart, and their results.
     key, mark : str
-    explanation : Explanation, optional
-        Where the cycles went.
+    explanation : Explanation or str, optional
+        Where the cycles went, or why that cannot be told.
     """
     named = [column for column in columns if not column.measured]
     name = ", ".join(f"{column.head} {text_of(row[column.name], column)}" for column in named)
     shown = [_layer_table(tables["layers"], tables["energy"])]
-    if explanation is not None:
+    sentences = []
+    if isinstance(explanation, str):
+        sentences = [explanation]
+    elif explanation is not None:
+        sentences = explanation.sentences()
         shown += [_parts_table(explanation), _levers_table(explanation)]
     shown += [
         _sums_table("Energy by component", "component", tables["energy"], "energy_pj", 1e-3, "nJ"),
@@ -107,7 +111,7 @@ def point_detail(
             for column in columns
             if column.measured and pd.notna(row[column.name])
         ],
-        sentences=explanation.sentences() if explanation is not None else [],
+        sentences=sentences,
         tables=[table for table in shown if table.rows],
     )
 

@@ -31,7 +31,7 @@ PAGE_ROWS = 100
 """Rows of the table at a time."""
 
 T = TypeVar("T")
-Explain = Callable[[pd.Series], "Explanation | None"]
+Explain = Callable[[pd.Series], "Explanation | str"]
 
 
 def render_report(
@@ -61,7 +61,7 @@ def render_report(
     selected : collection of str
         Keys of points to show at length, beside those of the front and the extremes.
     explain : callable, optional
-        From a row of ``points`` to where its cycles went, or None.
+        From a row of ``points`` to where its cycles went, or to a sentence that says why that cannot be told.
     pages : str
         Folder, relative to the page, with a page of every other point (`write_report`); "" for none.
     progress : callable, optional

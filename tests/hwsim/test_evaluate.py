@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hwsim.evaluate
-from hwsim.area import _logic, machine_area, memory_macros
+from hwsim.area import _cells_um2, _logic, _logic_mm2, array_geometry, built_memories, machine_area
 from hwsim.energy import _energy_without_memories, _energy_without_rates
 from hwsim.errors import FitError, InputError
 from hwsim.evaluate import Evaluator, Rates, Results
@@ -180,6 +181,31 @@ def test_only_what_changed_is_computed(passes_run: list[str]) -> None:
     assert assert_equal_to_simulate(changed, [BASE], found) == 1
 
 
+def test_steps_do_not_depend_on_pass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    schedule = hwsim.evaluate._Held.schedule
+
+    def noted(self: hwsim.evaluate._Held, *arguments: Any) -> object:
+        if self.executed is not None:
+            made.append(self.layer.name)
+        return schedule(self, *arguments)
+
+    monkeypatch.setattr(hwsim.evaluate._Held, "schedule", noted)
+    evaluator = Evaluator()
+    evaluator.evaluate(LAYERS, [BASE])
+    assert sorted(made) == ["a", "b", "c", "d", "fc"]
+    names = (
+        "front_end.skip_window",
+        "front_end.queue_depth",
+        "operand_store.banks",
+        "weights.sign_port_bits",
+    )
+    machines = [BASE.with_fields({name: AXES[name][0]}) for name in names]
+    found = evaluator.evaluate(LAYERS, machines)
+    assert len(made) == 5
+    assert assert_equal_to_simulate(LAYERS, machines, found) == 4
+
+
 def test_layers_that_are_alike_are_one(passes_run: list[str]) -> None:
     twin = Layer(LAYERS[2].shape, (4, 4), LAYERS[1].types.copy())
     layers = [LAYERS[0], LAYERS[1], twin]
@@ -224,10 +250,10 @@ def test_what_is_kept_depends_on_nothing_else(fields: dict[str, object], table: 
     technology = load_technology(table)
     machine = BASE.with_fields(fields)
     rates, sizes = machine.with_fields(RATES), machine.with_fields(RATES | SIZES)
-    for function in (_logic, _energy_without_memories):
+    for function in (_logic, _logic_mm2, _cells_um2, array_geometry, _energy_without_memories):
         mine, its = (function.__wrapped__(each, technology) for each in (machine, sizes))  # type: ignore[attr-defined]
         np.testing.assert_equal(mine, its)
-    for function in (memory_macros, _energy_without_rates, machine_area):
+    for function in (built_memories, _energy_without_rates, machine_area):
         plain = getattr(function, "__wrapped__", function)
         np.testing.assert_equal(plain(machine, technology), plain(rates, technology))
 

@@ -173,8 +173,12 @@ def test_a_point_whose_weights_or_version_are_gone(trained: Path, drawn: Path, t
     try:
         with pytest.raises(InputError, match="its weights are gone"):
             point_subject(store, row)
+        run("report", trained, "--out", tmp_path / "report.html", "--point", row["key"])
     finally:
         moved.rename(artifact)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "cannot be simulated again" in page
+    assert "its weights are gone" in page
     other = ResultStore(drawn).to_frame().iloc[0].copy()
     other["key"] = "0" * 64
     with pytest.raises(InputError, match="no run of the manifest leads to it"):

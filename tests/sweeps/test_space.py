@@ -451,3 +451,46 @@ def test_every_problem_at_once():
     }
     assert 'did you mean "dram.gb_per_s"' in found["machine.axes.dram.gb_per_sec"]
     assert "unknown field" in found["training.epochs"]
+
+
+def test_every_problem_at_once_of_machine_and_blocks():
+    """What is checked of the parts together does not wait until the fields by themselves are right."""
+    found = problems_of(
+        **SMALL
+        | {
+            "blocks": ["3x4", "4by4"],
+            "seeds": [-1],
+            "machine": {"base": "msa-16x16", "axes": {"array.rows": [16, 24], "dram.gb_per_s": []}},
+        }
+    )
+    assert set(found) == {"blocks.1", "seeds.0", "blocks: 3x4", "machine.axes.dram.gb_per_s"}
+    assert "64 accumulators" in found["blocks: 3x4"], "with 24 rows they divide"
+
+
+def test_axes_are_checked_under_a_base_that_is_not_valid():
+    axes = {
+        "dram.gb_per_sec": [1.0],
+        "array.rows": [0, 16, 16],
+        "clock_mhz": ["fast"],
+        "front_end.queue_depth": [],
+        "technology.table": ["45nm-horowits"],
+        "array.block": [[4, 4]],
+    }
+    found = problems_of(**SMALL | {"machine": {"base": "msa-16x61", "axes": axes}})
+    assert set(found) == {
+        "machine.base",
+        "machine.axes.dram.gb_per_sec",
+        "machine.axes.array.rows: 0",
+        "machine.axes.array.rows",
+        "machine.axes.clock_mhz: 'fast'",
+        "machine.axes.front_end.queue_depth",
+        "machine.technology.table",
+        "machine.axes.array.block",
+    }
+    assert "greater than or equal to 1" in found["machine.axes.array.rows: 0"]
+    assert "45nm-horowitz" in found["machine.technology.table"]
+
+
+def test_a_machine_that_is_no_table_is_one_problem():
+    assert set(problems_of(**SMALL | {"machine": 3})) == {"machine"}
+    assert set(problems_of(**SMALL | {"machine": {"base": 3, "axes": 4}})) == {"machine.base", "machine.axes"}

@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sweeps.parts
 import sweeps.store
 from hwsim.errors import FormatError, HwsimError, InputError
 from sweeps.store import TABLES, ResultStore
@@ -395,7 +396,7 @@ def test_large_parts_are_left_alone(tmp_path, monkeypatch):
         for number in range(4):
             append(store, number)
     names = parts(tmp_path)
-    monkeypatch.setattr(sweeps.store, "_LARGE_BYTES", 1)
+    monkeypatch.setattr(sweeps.store, "_WORTH_MERGING_BYTES", 1)
     store.compact()
     assert parts(tmp_path) == names
 
@@ -477,7 +478,7 @@ def test_writers_in_turn_do_not_store_a_point_twice(tmp_path):
 
 
 def test_a_writer_waits_for_its_turn_and_says_when_it_never_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps.store, "_LOCK_SECONDS", 0.0)
+    monkeypatch.setattr(sweeps.parts, "_LOCK_SECONDS", 0.0)
     first, second = ResultStore(tmp_path), ResultStore(tmp_path)
     append(second, 1)
     with first._turn(), pytest.raises(HwsimError, match="another process has held the store"):
@@ -644,7 +645,8 @@ def test_damage_by_others_does_not_cost_results_in_memory(tmp_path):
 
 def test_parts_of_another_version_are_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps.store, "SCHEMA_VERSION", "99")
+        for module in (sweeps.store, sweeps.parts):
+            patch.setattr(module, "SCHEMA_VERSION", "99")
         with ResultStore(tmp_path) as store:
             append(store, 1)
     with pytest.raises(FormatError, match=r"store version '99', this program reads '1'"):
