@@ -114,8 +114,8 @@ def verify(
         err=True,
     )
     click.echo(_COLUMNS)
-    begun, summaries = time.perf_counter(), []
-    for found in _run(tasks, jobs, results):
+    begun, summaries, run = time.perf_counter(), [], 0
+    for found, is_new in _run(tasks, jobs, results):
         if isinstance(found, str):
             from hwsim.files import write_atomically
 
@@ -124,8 +124,9 @@ def verify(
             context.exit(1)
         summaries.append(found)
         click.echo(_row(found))
-        if len(summaries) < len(tasks):
-            left = (time.perf_counter() - begun) / len(summaries) * (len(tasks) - len(summaries))
+        run += is_new  # a machine kept from a stopped run says nothing about the time of the others
+        if run and len(summaries) < len(tasks):
+            left = (time.perf_counter() - begun) / run * (len(tasks) - len(summaries))
             click.echo(f"{len(summaries)} of {len(tasks)} machines, {left / 60:.1f} min left", err=True)
     click.echo(
         f"all equal: {sum(s.layers for s in summaries):,} layers, {sum(s.steps for s in summaries):,} steps, "
@@ -148,8 +149,8 @@ def _replay(context: click.Context, replay: Path, trace: Path | None) -> None:
     click.echo("does not fit the machine" if result is None else f"all equal, {result.layer_cycles:,} cycles")
 
 
-def _run(tasks: list[Task], jobs: int, results: Path | None) -> Iterator[Summary | str]:
-    """Summaries, or the reproducer of a difference, as machines finish; those kept in a file first."""
+def _run(tasks: list[Task], jobs: int, results: Path | None) -> Iterator[tuple[Summary | str, bool]]:
+    """Summaries, or the reproducer of a difference, as machines finish, and whether they ran now; those kept in a file first."""
     from hwsim.rtl_simulator import sources_digest
     from hwsim.verify import load_results, result_line
 
@@ -161,12 +162,12 @@ def _run(tasks: list[Task], jobs: int, results: Path | None) -> Iterator[Summary
         if kept is None:
             left.append(task)
         else:
-            yield kept
+            yield kept, False
     for task, found in _finished(left, jobs):
         if results is not None and not isinstance(found, str):
             with results.open("a", encoding="utf-8") as file:
                 file.write(result_line(found, task[1], task[2], key))
-        yield found
+        yield found, True
 
 
 def _finished(tasks: list[Task], jobs: int) -> Iterable[tuple[Task, Summary | str]]:
