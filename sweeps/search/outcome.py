@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +23,15 @@ from sweeps.search.question import Question
 from sweeps.search.run import Search
 from sweeps.style import COLUMN_INCHES, MARKERS, NEUTRAL, PALETTE, new_figure, style
 
-__all__ = ["Scale", "configurations", "found_front", "found_knees", "history_plot", "hypervolume_history", "save_search"]
+__all__ = [
+    "Scale",
+    "configurations",
+    "found_front",
+    "found_knees",
+    "history_plot",
+    "hypervolume_history",
+    "save_search",
+]
 
 _BEYOND = 0.1
 _STEPS = 200
@@ -90,7 +100,9 @@ def hypervolume_history(trials: pd.DataFrame, question: Question, scale: Scale) 
     return pd.DataFrame(rows)
 
 
-def history_plot(histories: dict[str, pd.DataFrame], name: str, caption: str, goal: float | None = None) -> Plot:
+def history_plot(
+    histories: Mapping[str, pd.DataFrame], name: str, caption: str, goal: float | None = None
+) -> Plot:
     """Hypervolume over evaluations, a line per label; bands are the least and most where there are several ``run``s.
 
     Parameters
@@ -109,7 +121,11 @@ def history_plot(histories: dict[str, pd.DataFrame], name: str, caption: str, go
             spread = history.groupby("evaluation")["hypervolume"].agg(["median", "min", "max"])
             places = spread.index.to_numpy()
             color = PALETTE[i % len(PALETTE)]
-            look = {"marker": MARKERS[i], "markevery": max(len(places) // 8, 1), "markersize": 3}
+            look: dict[str, Any] = {
+                "marker": MARKERS[i],
+                "markevery": max(len(places) // 8, 1),
+                "markersize": 3,
+            }
             axes.plot(places, spread["median"], color=color, label=label, **look)
             if "run" in history and history["run"].nunique() > 1:
                 axes.fill_between(places, spread["min"], spread["max"], color=color, alpha=0.15, linewidth=0)
@@ -117,7 +133,9 @@ def history_plot(histories: dict[str, pd.DataFrame], name: str, caption: str, go
         if goal is not None:
             axes.axhline(goal, color=NEUTRAL, linestyle=":", label=f"goal, {goal:g}")
         axes.set_xlabel("Points evaluated")
-        axes.set_ylabel("Hypervolume (share of the box)" if goal is None else "Hypervolume / true hypervolume")
+        axes.set_ylabel(
+            "Hypervolume (share of the box)" if goal is None else "Hypervolume / true hypervolume"
+        )
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.grid(True)
         handles = axes.get_legend_handles_labels()[0]

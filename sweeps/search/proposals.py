@@ -1,10 +1,12 @@
-"""Which points to evaluate next: Optuna's samplers over the axes of a space, and a model of the results so far.
+"""Which points to evaluate next: Optuna's samplers over the axes of a space, and a model of the results so far,
+and steps to the neighbours of the front.
 
 Everything follows from the seed and the results so far, so a search that starts again proposes the same points again.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from hwsim.errors import InputError, Problem
 from sweeps.batch import Grid
-from sweeps.pareto import not_dominated
+from sweeps.pareto import knee_rows, not_dominated
 from sweeps.search.surrogate import promising
 
 if TYPE_CHECKING:
@@ -107,9 +109,10 @@ class Proposer:
         At least one is new while there are points left.
         """
         if self.sampler == "hybrid" and len(history.numbers) >= _GENERATIONS_FIRST * self.population:
-            count = max(self.population // 2, 2)
-            numbers = self._from_optuna(count - count // 2)
-            numbers += self._offered(self._promising(history, {*history.rows, *numbers}, count // 2))
+            count = max(self.population // 5, 1)
+            numbers = self._from_optuna(max(count // 4, 1))
+            for find in (self._promising, self._neighbours):
+                numbers += self._offered(find(history, {*history.rows, *numbers}, count))
         else:
             count = _TPE_BATCH if self.sampler == "tpe" else self.population
             numbers = self._from_optuna(count)
@@ -164,15 +167,32 @@ class Proposer:
         )
         return candidates[chosen].tolist()
 
+    def _neighbours(self, history: History, seen: set[int], count: int) -> list[int]:
+        """Unseen points a step away from the knees of the front, then from most of its points."""
+        front = self._front(history)
+        costs = np.array([history.costs[history.rows[number]] for number in front])
+        knees = [front[row] for row in dict.fromkeys(knee_rows(costs).values())]
+        found: list[int] = []
+        for sources in (knees, front):
+            reached = Counter(step for number in sources for step in self.steps.neighbours(number))
+            new = np.array(sorted(reached.keys() - seen - set(found)), np.int64)
+            self.rng.shuffle(new)
+            found += sorted(new.tolist(), key=lambda number: -reached[number])
+        return found[:count]
+
+    def _front(self, history: History) -> list[int]:
+        """The front of the points that miss the constraints least: the feasible ones as soon as there are any."""
+        violations = np.array(history.violations)
+        best = np.flatnonzero(violations == violations.min())
+        front = best[not_dominated(np.array(history.costs)[best])]
+        return [history.numbers[row] for row in front.tolist()]
+
     def _candidates(self, history: History, seen: set[int]) -> NDArray[np.int64]:
         """All unseen points; of a space too large for that, random ones and those within two steps of the front."""
         if len(self.grid) <= _POOL:
             pool = np.arange(len(self.grid))
         else:
-            violations = np.array(history.violations)
-            best = np.flatnonzero(violations == violations.min())
-            front = best[not_dominated(np.array(history.costs)[best])]
-            near = {history.numbers[row] for row in front.tolist()}
+            near = set(self._front(history))
             for _ in range(2):
                 near |= {step for number in sorted(near) for step in self.steps.neighbours(number)}
                 if len(near) > _POOL:

@@ -80,8 +80,11 @@ class Question:
 
     def feasible(self, frame: pd.DataFrame) -> NDArray[np.bool_]:
         """Which rows have every value and keep every constraint."""
-        there = np.isfinite(self.costs(frame)).all(axis=1)
-        return there & (self.violations(frame) <= 0).all(axis=1)
+        return self.has_values(frame) & np.all(self.violations(frame) <= 0, axis=1)
+
+    def has_values(self, frame: pd.DataFrame) -> NDArray[np.bool_]:
+        """Which rows have a finite value in every column of the question."""
+        return np.isfinite(frame[list(self.columns)].to_numpy(np.float64)).all(axis=1)
 
     def __str__(self) -> str:
         goals = [f"least {name}" for name in self.minimise] + [f"most {name}" for name in self.maximise]
@@ -181,5 +184,7 @@ def _constraint(
 def _unknown(field: str, name: str, allowed: Sequence[str], space: Space) -> Problem:
     if name in _TRAINED and space.training is None:
         hint = "a [training] table in place of [random]"
-        return Problem(field, f'"{name}" is known of trained weights only; the space draws them at random', hint)
+        return Problem(
+            field, f'"{name}" is known of trained weights only; the space draws them at random', hint
+        )
     return Problem(field, f'no numeric column "{name}"', nearest_name(name, allowed))

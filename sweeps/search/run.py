@@ -20,7 +20,7 @@ from sweeps.search.question import Question, needed_columns, with_derived
 from sweeps.space import Space
 from sweeps.store import ResultStore
 
-__all__ = ["Search", "SearchProgress", "SearchSettings", "run_search"]
+__all__ = ["Search", "SearchProgress", "SearchSettings", "run_search", "trials_of"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class SearchSettings:
     Attributes
     ----------
     sampler : {"hybrid", "nsga2", "tpe", "random"}
-        ``hybrid`` is two generations of NSGA-II, then half NSGA-II and half points that a model of the results expects on the
-        front (`sweeps.search.surrogate`).
+        ``hybrid`` is two generations of NSGA-II, then in equal parts NSGA-II, points that a model of the results expects on the
+        front (`sweeps.search.surrogate`), and neighbours of the knees and of the front.
     evaluations : int
         Different points, those that the store holds already included; at most the size of the space.
     seed : int
@@ -121,7 +121,9 @@ def run_search(
     """
     settings = settings or SearchSettings()
     if settings.evaluations < 1:
-        raise InputError("search", Problem("evaluations", f"found {settings.evaluations}, at least 1 is needed"))
+        raise InputError(
+            "search", Problem("evaluations", f"found {settings.evaluations}, at least 1 is needed")
+        )
     grid = Grid(space)
     evaluations = min(settings.evaluations, len(grid))
     proposer = Proposer(grid, len(question.objectives), settings.sampler, evaluations, settings.seed)
@@ -152,7 +154,7 @@ def run_search(
                 progress=tell if progress else None,
             )
             computed += result.computed
-            frames.append(_trials(grid, numbers, result.store, question))
+            frames.append(trials_of(grid, numbers, result.store, question))
             _remember(history, frames[-1], question)
         proposer.tell(history)
     tell()
@@ -161,9 +163,7 @@ def run_search(
     return Search(space, question, settings, trials, computed, len(trials) - computed)
 
 
-def _trials(
-    grid: Grid, numbers: NDArray[np.int64], store: ResultStore, question: Question
-) -> pd.DataFrame:
+def trials_of(grid: Grid, numbers: NDArray[np.int64], store: ResultStore, question: Question) -> pd.DataFrame:
     """The rows of `Search.trials` of some points that the store holds, in the order of ``numbers``."""
     keys = grid.keys(grid.codes(numbers))
     whole = store.to_arrow()
@@ -174,8 +174,7 @@ def _trials(
         rows = rows.append_column(name, column)
     frame = with_derived(rows.select(names).to_pandas()).set_index("key").loc[keys].reset_index()
     violations = question.violations(frame)
-    there = frame["error"].isna() & np.isfinite(question.costs(frame)).all(axis=1)
-    there &= np.isfinite(violations).all(axis=1)
+    there = frame["error"].isna().to_numpy() & question.has_values(frame)
     violation = np.where(there, np.maximum(violations, 0.0).sum(axis=1), UNFIT)
     return frame.assign(number=numbers, feasible=violation <= 0, violation=violation)[
         ["number", "key", "feasible", "violation", "error", *question.columns]
