@@ -117,6 +117,13 @@ def search(
 @click.option(
     "--evaluations", type=click.IntRange(1), help="Of each search; by default a tenth of the space."
 )
+@click.option(
+    "--sampler",
+    "samplers",
+    type=click.Choice(["hybrid", "nsga2", "tpe", "random"]),
+    multiple=True,
+    help="By default all; repeat it.",
+)
 @click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Searches per sampler.")
 @click.option("--results", type=_FOLDER, help="Folder of the results; by default results/NAME of the space.")
 @click.option(
@@ -130,6 +137,7 @@ def search_proof(
     maximise: tuple[str, ...],
     constraints: tuple[str, ...],
     evaluations: int | None,
+    samplers: tuple[Sampler, ...],
     seeds: int,
     results: Path | None,
     out: Path | None,
@@ -141,6 +149,7 @@ def search_proof(
     """
     from sweeps.search import ask
     from sweeps.search.proof import prove
+    from sweeps.search.proposals import SAMPLERS
 
     loaded = _load(space) if space else _shipped()
     given = [{"minimise": minimise, "maximise": maximise, "constraints": constraints}]
@@ -158,6 +167,7 @@ def search_proof(
                     question,
                     evaluations=evaluations or max(int(len(loaded) * _PROOF_SHARE), 1),
                     seeds=range(seeds),
+                    samplers=samplers or SAMPLERS,
                     name=f"search-{number}",
                     progress=progress,
                 )

@@ -28,10 +28,12 @@ included.
 | `tpe` | Optuna's multivariate TPE, in batches of 10; the slowest to propose |
 | `random` | Optuna's random sampler |
 
-After its first generations `hybrid` asks three sources for every batch: NSGA-II (a ninth of it), a model of the results
-so far for points that it expects on the front (four ninths), and the points one step along an axis from the knees and
-the front (four ninths). The model is kernel ridge regression with a cubic kernel on which axis values two points share.
-It only proposes, every number comes from the simulator. Resuming is exact with the same settings, versions and machine.
+After its first generations `hybrid` asks three sources for every batch: NSGA-II for a tenth of it, and in equal parts a
+model of the results so far for points that it expects on the front, and the points one step along an axis from the
+knees and the front. The model is kernel ridge regression with a cubic kernel on which axis values two points share. It
+only proposes, every number comes from the simulator. Resuming is exact with the same settings, versions and machine.
+The number of evaluations is one of the settings: it sets the population, so that a search with more of them takes
+another way (and computes nothing of the first again that it meets).
 """
 
 _METHOD = """

@@ -96,7 +96,7 @@ class Proposer:
     """
 
     def __init__(self, grid: Grid, objectives: int, sampler: Sampler, evaluations: int, seed: int) -> None:
-        self.grid, self.sampler, self.evaluations = grid, sampler, evaluations
+        self.grid, self.sampler = grid, sampler
         self.steps = _Steps(grid)
         self.population = min(_POPULATION, max(evaluations // _GENERATIONS, 2))
         self.study, self.distributions = _study(grid, self.steps, objectives, sampler, self.population, seed)
@@ -259,6 +259,7 @@ def _study(
     except ImportError:
         problem = Problem("", "the package optuna is not installed", 'pip install "hwsim[search]"')
         raise InputError("search", problem) from None
+    # It would tell of every study that is made, in the middle of the progress bar.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     made: dict[str, Callable[[], optuna.samplers.BaseSampler]] = {
         "nsga2": lambda: optuna.samplers.NSGAIISampler(population_size=population, seed=seed),

@@ -30,8 +30,8 @@ class SearchSettings:
     Attributes
     ----------
     sampler : {"hybrid", "nsga2", "tpe", "random"}
-        ``hybrid`` is two generations of NSGA-II, then in equal parts NSGA-II, points that a model of the results expects on the
-        front (`sweeps.search.surrogate`), and neighbours of the knees and of the front.
+        ``hybrid`` is two generations of NSGA-II, then a tenth NSGA-II and in equal parts points that a model of the results
+        expects on the front (`sweeps.search.surrogate`), and neighbours of the knees and of the front.
     evaluations : int
         Different points, those that the store holds already included; at most the size of the space.
     seed : int
