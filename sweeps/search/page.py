@@ -42,7 +42,7 @@ _METHOD = """
 The space `{name}` has {points:,} points and was enumerated; each search evaluated {evaluations} of them ({share:.0f}
 %), {seeds} seeds per sampler. Hypervolume is measured from a tenth of the front's range beyond its worst values and
 given as a share of the true one (goal {goal:g}). A knee is that of each pair of objectives, and of all three; it counts
-as found when a point with exactly its values was. "Front found" counts distinct objective values. "Points to {goal:g}"
+as found when a point with exactly its values was. "Front found" counts distinct objective values. "Points to goal"
 is the median over the seeds, – where a seed did not get there. Block types are random, so there is no accuracy;
 `pruned` stands in for it: the same speed with less pruned is better.
 """

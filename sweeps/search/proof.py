@@ -67,7 +67,7 @@ class Proof:
                     "knees found": f"{runs['knees_found'].sum()} of {runs['knees'].sum()}",
                     "runs with all": f"{(runs['knees_found'] == runs['knees']).sum()} of {len(runs)}",
                     "front found": f"{100 * runs['front_share'].mean():.0f} %",
-                    f"points to {GOAL:g}": f"{reached.median():.0f}" if len(reached) == len(runs) else "–",
+                    "points to goal": f"{reached.median():.0f}" if len(reached) == len(runs) else "–",
                 }
             )
         return pd.DataFrame(rows)

@@ -135,7 +135,7 @@ def run_search(
         if progress is not None:
             done = now.points_done if now else 0
             feasible = sum(violation <= 0 for violation in history.violations)
-            doing = now.doing if now else "starting"
+            doing = now.doing if now else "proposing"
             progress(SearchProgress(len(history.numbers) + done, evaluations, feasible, doing))
 
     tell()
