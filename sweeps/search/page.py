@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from sweeps.search.proof import GOAL, Proof
+from sweeps.search.proposals import SAMPLERS
 from sweeps.space import Space
 
 __all__ = ["page"]
@@ -51,6 +52,7 @@ is the median over the seeds, – where a seed did not get there. Block types ar
 def page(space: Space, proofs: Sequence[Proof], seeds: int) -> str:
     """The page as Markdown; figures are expected in ``images/``."""
     first = proofs[0]
+    without = [name for name in SAMPLERS if name not in set(first.runs["sampler"])]
     parts = [
         _HEAD,
         _METHOD.format(
@@ -62,6 +64,8 @@ def page(space: Space, proofs: Sequence[Proof], seeds: int) -> str:
             goal=GOAL,
         ),
     ]
+    if without:
+        parts.append(f"\nNot run for this page: {', '.join(without)}.\n")
     for proof in proofs:
         parts.append(
             f"\n### {str(proof.question).capitalize()}\n\n"
