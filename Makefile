@@ -4,6 +4,7 @@
 # make verify           the RTL against the simulator: 1,140 random layers on 19 machines
 # make bench            the benchmarks
 # make performance      measure points per second anew: docs/performance.md
+# make search-proof     enumerate a space and search it anew: docs/search.md
 # make lint             ruff and mypy
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 IMAGES := /usr/share/datasets/fashion-mnist
 
-.PHONY: demo test test-slow verify bench performance lint setup data browser tools clean
+.PHONY: demo test test-slow verify bench performance search-proof lint setup data browser tools clean
 
 demo: setup data
 	$(BIN)/hwsim demo $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
@@ -31,6 +32,9 @@ bench: setup
 
 performance: setup
 	$(BIN)/hwsim bench --out docs/performance.md
+
+search-proof: setup
+	$(BIN)/hwsim search-proof --out docs/search.md
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

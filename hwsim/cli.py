@@ -49,6 +49,11 @@ _COMMANDS = {
     "synth": ("hwsim.commands_synth:synth", "Area and path depth of the RTL's parts, synthesised by Yosys."),
     "machines": ("hwsim.commands:machines", "The machines and technology tables that ship with hwsim."),
     "sweep": ("sweeps.cli:sweep", "Evaluate a design space; resumes where it was stopped."),
+    "search": (
+        "sweeps.cli_search:search",
+        "Find the Pareto front of a design space without evaluating all of it.",
+    ),
+    "search-proof": ("sweeps.cli_search:search_proof", "Compare searches with the enumeration of a space."),
     "query": ("sweeps.cli:query", "Ask the results of a sweep in SQL."),
     "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),
     "diff": ("sweeps.cli_answers:diff", "What changed between two results or machines, per layer."),

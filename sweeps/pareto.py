@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from hwsim.errors import InputError, Problem, nearest_name
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["hypervolume", "knee_point", "pareto_front"]
+__all__ = ["hypervolume", "knee_point", "knee_rows", "not_dominated", "pareto_front"]
 
 _CHUNK = 1024
 _SOURCE = "Pareto front"
@@ -45,9 +46,13 @@ def pareto_front(
     >>> pareto_front(frame, minimise=["latency_ms"], maximise=["accuracy"]).index.tolist()
     [0, 1]
     """
-    costs = _costs(frame, minimise, maximise)
+    return frame[not_dominated(_costs(frame, minimise, maximise))]
+
+
+def not_dominated(costs: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Mask of the rows that no other row dominates; ``float64[rows, columns]``, smaller is better, without NaN."""
     distinct, where = np.unique(costs, axis=0, return_inverse=True)
-    return frame[_not_dominated(distinct)[where.reshape(-1)]]
+    return _not_dominated(distinct)[where.reshape(-1)]
 
 
 def knee_point(
@@ -73,10 +78,38 @@ def knee_point(
     costs = _costs(front, minimise, maximise)
     if not np.isfinite(costs).all():
         raise InputError(_SOURCE, Problem("", "an infinite value on the front", "leave such rows out"))
-    best = costs.min(axis=0)
-    span = costs.max(axis=0) - best
-    scaled = (costs - best) / np.where(span > 0, span, 1.0)
-    return front.iloc[int(scaled.sum(axis=1).argmin())]
+    return front.iloc[_knee(costs)]
+
+
+def knee_rows(costs: NDArray[np.float64]) -> dict[tuple[int, ...], int]:
+    """The row at the knee of each pair of columns, and of all columns if there are three; as `knee_point`, ``costs`` as there.
+
+    Parameters
+    ----------
+    costs : float64 array ``[rows, columns]``
+        At least one row, two or three columns, finite; smaller is better.
+
+    Returns
+    -------
+    dict
+        Columns -> row.
+    """
+    columns = range(costs.shape[1])
+    subsets = [pair for size in (2, 3) for pair in itertools.combinations(columns, size)]
+    rows = {}
+    for subset in subsets:
+        part = costs[:, subset]
+        front = np.flatnonzero(not_dominated(part))
+        rows[subset] = int(front[_knee(part[front])])
+    return rows
+
+
+def _knee(front: NDArray[np.float64]) -> int:
+    """The row of a front's costs at its knee."""
+    best = front.min(axis=0)
+    span = front.max(axis=0) - best
+    scaled = (front - best) / np.where(span > 0, span, 1.0)
+    return int(scaled.sum(axis=1).argmin())
 
 
 def hypervolume(

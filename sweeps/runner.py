@@ -88,9 +88,10 @@ def run_sweep(
     workers: int | None = None,
     scheduler: str | None = None,
     details: Details = "auto",
+    numbers: NDArray[np.int64] | None = None,
     progress: Callable[[SweepProgress], None] | None = None,
 ) -> SweepResult:
-    """Evaluate every point of a space that the folder does not hold yet.
+    """Evaluate every point of a space, or some of them, that the folder does not hold yet.
 
     Parameters
     ----------
@@ -104,6 +105,8 @@ def run_sweep(
         of ``workers`` processes on this machine.
     details : {"auto", "all", "none"}
         Whether to keep the rows of each layer: layers, energy and storage. ``"auto"``: in spaces of up to 2,000 points.
+    numbers : int64 array, optional
+        Only these points, as `sweeps.batch.Grid` numbers them.
     progress : callable, optional
         Called with a `SweepProgress` every now and then.
 
@@ -117,30 +120,41 @@ def run_sweep(
     folder = Path(folder)
     grid = Grid(space)
     workers = workers or os.cpu_count() or 1
+    wanted = len(grid) if numbers is None else len(numbers)
     with_details = details == "all" or (details == "auto" and len(grid) <= _DETAIL_POINTS)
     store = ResultStore(folder, flush_points=_TASK_POINTS)
-    pending = list(_pending(grid, store.keys()))
+    pending = list(_pending(grid, store.keys(), numbers))
     computed = sum(len(numbers) for numbers in pending)
     if pending:
         store.record_run(space.resolved())
-        tally = _Tally(grid, folder, pending, progress)
+        tally = _Tally(grid, folder, pending, wanted, progress)
         processes, light_inline = _processes(grid, pending, workers, folder)
         with store, open_pool(processes, scheduler, workers, light_inline=light_inline) as pool:
             _Sweep(grid, folder, store, pool, tally, with_details).run(pending)
         store.compact()
-    return SweepResult(store, computed, len(grid) - computed)
+    return SweepResult(store, computed, wanted - computed)
 
 
-def _pending(grid: Grid, known: set[str]) -> Iterator[NDArray[np.int64]]:
+def _pending(grid: Grid, known: set[str], chosen: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
     """The numbers of the points that are not stored, by their weights."""
-    for start in range(0, len(grid), grid.group_size):
-        numbers = np.arange(start, start + grid.group_size)
+    for numbers in _groups(grid, chosen):
         if known:
             parts = np.split(numbers, range(_TASK_POINTS, len(numbers), _TASK_POINTS))
             missing = [[key not in known for key in grid.keys(grid.codes(part))] for part in parts]
             numbers = numbers[np.concatenate(missing)]
         if len(numbers):
             yield numbers
+
+
+def _groups(grid: Grid, chosen: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
+    """The numbers of all points or of the chosen ones, those with the same weights together."""
+    if chosen is None:
+        for start in range(0, len(grid), grid.group_size):
+            yield np.arange(start, start + grid.group_size)
+    else:
+        numbers = np.unique(chosen)
+        cuts = np.flatnonzero(np.diff(numbers // grid.group_size)) + 1
+        yield from np.split(numbers, cuts)
 
 
 def _processes(grid: Grid, pending: list[NDArray[np.int64]], workers: int, folder: Path) -> tuple[int, bool]:
@@ -265,11 +279,12 @@ class _Tally:
         grid: Grid,
         folder: Path,
         pending: list[NDArray[np.int64]],
+        wanted: int,
         progress: Callable[[SweepProgress], None] | None,
     ) -> None:
         self.progress = progress
         self.points = sum(len(numbers) for numbers in pending)
-        self.points_total, self.points_done = len(grid), len(grid) - self.points
+        self.points_total, self.points_done = wanted, wanted - self.points
         self.epochs: dict[str, float] = {}
         self.done: dict[str, float] = {}
         self.simulated_points = 0

@@ -1,0 +1,277 @@
+"""Commands that search a design space: `hwsim search` and `hwsim search-proof`. Only click is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sweeps.search import Search, SearchProgress
+    from sweeps.search.proof import Proof
+    from sweeps.search.proposals import Sampler
+    from sweeps.space import Space
+
+__all__ = ["search", "search_proof"]
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_ROWS = 20
+_PROOF_SHARE = 0.1
+_PROOF_QUESTIONS: tuple[dict[str, Sequence[str]], ...] = (
+    {"minimise": ["latency_ms", "energy_pj", "area_mm2"]},
+    {"minimise": ["latency_ms", "area_mm2"], "constraints": ["average_power_mw<=300"]},
+    {"minimise": ["latency_ms", "energy_pj", "pruned"], "constraints": ["area_mm2<=6"]},
+)
+"""``pruned`` stands in for accuracy, which random block types do not have: what is gained by pruning less."""
+
+
+def _question_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--constraint",
+            "constraints",
+            multiple=True,
+            metavar="BOUND",
+            help='"COLUMN<=NUMBER" or "COLUMN>=NUMBER"; repeat it.',
+        ),
+        click.option("--maximise", multiple=True, metavar="COLUMN", help="Repeat it."),
+        click.option(
+            "--minimise", multiple=True, metavar="COLUMN", help="Two or three objectives in all; repeat it."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(
+    epilog="Example: hwsim search space.toml --minimise latency_ms --minimise energy_pj "
+    '--constraint "area_mm2<=12" --evaluations 400'
+)
+@click.argument("space", type=click.Path(path_type=Path))
+@_question_options
+@click.option(
+    "--sampler",
+    type=click.Choice(["hybrid", "nsga2", "tpe", "random"]),
+    default="hybrid",
+    show_default=True,
+    help="hybrid: NSGA-II and a model of the results; docs/search.md compares them.",
+)
+@click.option(
+    "--evaluations", type=click.IntRange(1), default=500, show_default=True, help="Different points."
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--out", type=_FOLDER, help="Folder of the results; by default results/NAME of the space.")
+@click.option("--workers", type=click.IntRange(1), help="Processes; by default one per processor.")
+@click.option("--scheduler", metavar="ADDRESS", help="Work on a Dask cluster, as hwsim sweep does.")
+def search(
+    space: Path,
+    minimise: tuple[str, ...],
+    maximise: tuple[str, ...],
+    constraints: tuple[str, ...],
+    sampler: Sampler,
+    evaluations: int,
+    seed: int,
+    out: Path | None,
+    workers: int | None,
+    scheduler: str | None,
+) -> None:
+    """Search the design space file SPACE for the Pareto front of two or three columns.
+
+    Any numeric column of the results can be an objective or a constraint, machine axes and average_power_mw (energy over
+    latency) included. Points that do not fit their machine are infeasible. Results go into the same store as those of hwsim
+    sweep; run the same command again after an interruption: it takes the same way, and computes nothing twice.
+    """
+    from sweeps.search import SearchSettings, ask, run_search, save_search
+
+    loaded = _load(space)
+    question = ask(loaded, minimise, maximise, constraints)
+    folder = out or Path("results") / loaded.name
+    with _progress() as progress:
+        result = run_search(
+            loaded,
+            folder,
+            question,
+            SearchSettings(sampler, evaluations, seed),
+            workers=workers,
+            scheduler=scheduler,
+            progress=progress,
+        )
+    share = 100 * len(result.trials) / len(loaded)
+    reused = f", {result.reused} of them were there already" if result.reused else ""
+    click.echo(f"evaluated {len(result.trials)} of {len(loaded)} points ({share:.3g} %){reused}")
+    paths = save_search(result, folder / "search")
+    for line in _answer(result):
+        click.echo(line)
+    click.echo(f"search    {paths['front.csv'].parent} (front.csv, trials.csv, hypervolume.png)")
+    click.echo(f"results   {folder}")
+
+
+@click.command(epilog="Example: hwsim search-proof --out search.md")
+@click.argument("space", type=click.Path(path_type=Path), required=False)
+@_question_options
+@click.option(
+    "--evaluations", type=click.IntRange(1), help="Of each search; by default a tenth of the space."
+)
+@click.option(
+    "--sampler",
+    "samplers",
+    type=click.Choice(["hybrid", "nsga2", "tpe", "random"]),
+    multiple=True,
+    help="By default all; repeat it.",
+)
+@click.option("--seeds", type=click.IntRange(1), default=5, show_default=True, help="Searches per sampler.")
+@click.option("--results", type=_FOLDER, help="Folder of the results; by default results/NAME of the space.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a page here, its figures into images/ beside it.",
+)
+def search_proof(
+    space: Path | None,
+    minimise: tuple[str, ...],
+    maximise: tuple[str, ...],
+    constraints: tuple[str, ...],
+    evaluations: int | None,
+    samplers: tuple[Sampler, ...],
+    seeds: int,
+    results: Path | None,
+    out: Path | None,
+) -> None:
+    """Compare searches with the truth: enumerate SPACE, search it with every sampler, show what was found.
+
+    Without SPACE: the space of 4,608 points and the three questions that ship with hwsim. With your own space, a part of a
+    larger one that is small enough to enumerate, it tells how many evaluations a search of its kind needs.
+    """
+    from sweeps.search import ask
+    from sweeps.search.proof import prove
+    from sweeps.search.proposals import SAMPLERS
+
+    loaded = _load(space) if space else _shipped()
+    given = [{"minimise": minimise, "maximise": maximise, "constraints": constraints}]
+    asked: Sequence[Any] = given if space or any(given[0].values()) else _PROOF_QUESTIONS
+    questions = [ask(loaded, **parts) for parts in asked]
+    folder = results or Path("results") / loaded.name
+    proofs = []
+    for number, question in enumerate(questions, 1):
+        click.echo(str(question))
+        with _bar(f"question {number} of {len(questions)}") as progress:
+            proofs.append(
+                prove(
+                    loaded,
+                    folder,
+                    question,
+                    evaluations=evaluations or max(int(len(loaded) * _PROOF_SHARE), 1),
+                    seeds=range(seeds),
+                    samplers=samplers or SAMPLERS,
+                    name=f"search-{number}",
+                    progress=progress,
+                )
+            )
+        click.echo(_table(proofs[-1].summary()))
+    if out is not None:
+        _write_page(loaded, proofs, seeds, out)
+        click.echo(out)
+
+
+def _load(path: Path) -> Space:
+    from compress.data import DATASETS
+    from compress.zoo_shapes import zoo_names
+    from sweeps.space import load_space
+
+    return load_space(path, networks=zoo_names(), datasets=DATASETS)
+
+
+def _shipped() -> Space:
+    import tomllib
+    from importlib import resources
+
+    from sweeps.space import parse_space
+
+    name = "search-proof.toml"
+    text = resources.files("sweeps").joinpath("spaces", name).read_text("utf-8")
+    return parse_space(tomllib.loads(text), name)
+
+
+def _answer(result: Search) -> list[str]:
+    """The front as a table, and its knees."""
+    from sweeps.search import found_front, found_knees
+    from sweeps.search.outcome import configurations
+
+    front = found_front(result.trials, result.question)
+    rows = front.iloc[sorted({round(i * (len(front) - 1) / max(_ROWS - 1, 1)) for i in range(_ROWS)})]
+    some = f", {len(rows)} of them from one end to the other" if len(rows) < len(front) else ""
+    lines = [f"front     {len(front)} points{some}: {result.question}"]
+    table = configurations(result, rows)
+    table = table.assign(**{name: table[name].map("{:.4g}".format) for name in result.question.columns})
+    lines.append(_table(table))
+    for names, knee in found_knees(front, result.question).items():
+        values = ", ".join(f"{name} {knee[name]:.6g}" for name in result.question.objectives)
+        lines.append(f"knee of {' and '.join(names)}: {str(knee['key'])[:12]} ({values})")
+    return lines
+
+
+def _table(frame: pd.DataFrame) -> str:
+    from hwsim.tables import format_table
+
+    shown = frame.rename(columns=lambda name: str(name).rpartition(".")[2])
+    return format_table(shown.to_dict("records"))
+
+
+def _write_page(space: Space, proofs: Sequence[Proof], seeds: int, out: Path) -> None:
+    from hwsim.files import write_atomically
+    from sweeps.figures import save_plot
+    from sweeps.search.page import page
+
+    for proof in proofs:
+        save_plot(proof.plot, out.parent / "images")
+    write_atomically(out, page(space, proofs, seeds).encode())
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[SearchProgress], None]]:
+    """A bar with an estimate on a terminal; elsewhere a line every tenth of the way."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.percentage:>3.0f}%"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} points"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=0)
+        told = -1
+
+        def show(now: SearchProgress) -> None:
+            nonlocal told
+            doing = f"{now.feasible} feasible, {now.doing}"
+            bar.update(task, completed=now.evaluated, total=now.evaluations, description=doing)
+            tenth = 10 * now.evaluated // now.evaluations
+            if not console.is_terminal and tenth > told:
+                told = tenth
+                click.echo(f"{10 * tenth:>3}%  {now.evaluated}/{now.evaluations} points, {doing}", err=True)
+
+        yield show
+
+
+@contextmanager
+def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with an estimate, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(doing), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
