@@ -150,7 +150,7 @@ def _replay(context: click.Context, replay: Path, trace: Path | None) -> None:
 
 
 def _run(tasks: list[Task], jobs: int, results: Path | None) -> Iterator[tuple[Summary | str, bool]]:
-    """Summaries, or the reproducer of a difference, as machines finish (those kept in a file first), and whether they ran now."""
+    """Summaries, or the reproducer of a difference, as machines finish (kept ones first), and whether each ran now."""
     from hwsim.rtl_simulator import sources_digest
     from hwsim.verify import load_results, result_line
 
