@@ -41,9 +41,11 @@ __all__ = [
     "curvatures",
     "diagonal_fisher",
     "diagonal_hessian",
+    "in_chunks",
     "input_moments",
     "input_patches",
     "is_observable",
+    "listening",
 ]
 
 CurvatureKind = Literal["fisher", "hessian"]
@@ -113,7 +115,7 @@ def _output_gradients(module: nn.Module, gradients: Tensor) -> Tensor:
     return gradients.reshape(len(gradients), groups, gradients.shape[1] // groups, -1).transpose(2, 3)
 
 
-def _in_chunks(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+def in_chunks(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
     """`input_patches` of so few samples at a time that memory stays bounded."""
     taps = math.prod(getattr(module, "kernel_size", (1,)))
     per_sample = max(1, inputs[:1].numel() * taps)
@@ -167,12 +169,14 @@ class Moments:
 
     def add(self, module: nn.Module, inputs: Tensor) -> None:
         """The inputs of one batch, unfolded a few samples at a time."""
-        for patches in _in_chunks(module, inputs):
-            columns = patches.transpose(0, 1).flatten(1, 2)  # [groups, n·positions, k]
-            squares = columns.mT @ columns if self.second.dim() == 3 else columns.square().sum(dim=1)
-            self.second += squares
-            self.first += columns.sum(dim=1)
-            self.positions += columns.shape[1]
+        for patches in in_chunks(module, inputs):
+            self.add_rows(patches.transpose(0, 1).flatten(1, 2))
+
+    def add_rows(self, rows: Tensor) -> None:
+        """Patches as rows: ``[groups, n, k]``."""
+        self.second += rows.mT @ rows if self.second.dim() == 3 else rows.square().sum(dim=1)
+        self.first += rows.sum(dim=1)
+        self.positions += rows.shape[1]
 
 
 @torch.no_grad()
