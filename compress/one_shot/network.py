@@ -414,16 +414,23 @@ def _match_statistics(
     Both are changes relative to the original network on the same inputs, so that calibration inputs need not have the
     statistics of the training.
     """
-    means = ((weight @ observed.wanted_mean[:, :, None]), (final @ observed.mean[:, :, None]))
-    shift = (means[0] - means[1]).flatten()
+    wanted_mean, mean = (
+        (matrix @ columns[:, :, None]).flatten()
+        for matrix, columns in ((weight, observed.wanted_mean), (final, observed.mean))
+    )
     bias, norm = step.layer.module._parameters.get("bias"), step.norm
     if recipe.refit_bias and bias is not None:
-        bias.add_(shift.to(bias))
-    elif recipe.refit_bias and norm is not None:
-        norm.get_buffer("running_mean").sub_(shift.to(torch.float32))
-    if recipe.refit_variance and norm is not None:
-        mean = observed.mean[:, :, None] * observed.mean[:, None, :]
-        now = torch.einsum("gmk,gkl,gml->gm", final, observed.products - mean, final)
-        wanted = observed.wanted_variance
+        bias.add_((wanted_mean - mean).to(bias))
+    if norm is None:
+        return
+    centre, variance, eps = norm.get_buffer("running_mean"), norm.get_buffer("running_var"), float(norm.eps)  # type: ignore[arg-type]
+    ratio = torch.ones_like(mean)
+    if recipe.refit_variance:
+        products = observed.mean[:, :, None] * observed.mean[:, None, :]
+        now = torch.einsum("gmk,gkl,gml->gm", final, observed.products - products, final).flatten()
+        wanted = observed.wanted_variance.flatten()
         ratio = torch.where((wanted > 0) & (now > 0), now / wanted, 1.0).clamp(*VARIANCE_RATIOS)
-        norm.get_buffer("running_var").mul_(ratio.flatten().to(torch.float32))
+    if recipe.refit_bias and bias is None:
+        # What comes out of the normalisation keeps its mean, whatever becomes of the spread.
+        centre.copy_(mean - (wanted_mean - centre.double()) * ratio.sqrt())
+    variance.copy_(((variance.double() + eps) * ratio - eps).clamp(min=0.0))
