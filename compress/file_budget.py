@@ -54,19 +54,26 @@ def _layer_rates(artifact: Artifact, name: str, row: Any) -> LayerRates:
     layer = artifact.compressed[name]
     _, m, k = layer.weights.dense.shape
     entries = np.broadcast_to(real_entries(m, k, layer.block).numpy(), layer.types.shape)
-    is_unified, is_dense = layer.types == UNIFIED, layer.types == DENSE
-    entropy = type_entropy_bits(layer.types)
-
-    def per(stream: str, symbols: float, otherwise: float) -> float:
-        return 8 * float(row[f"{stream}_bytes"]) / symbols if symbols >= _FEW else otherwise
-
-    return LayerRates(
-        type_share=min(per("type", entropy, 1.0), 2.0),
-        magnitude_bits=per("magnitude", int(is_unified.sum()), layer.weights.magnitude_bits),
-        dense_bits=per("dense", int(entries[is_dense].sum()), layer.weights.weight_bits),
-        sign_bits=per("sign", int(entries[is_unified].sum()), 1.0),
-        other_bytes=float(row["other_bytes"]),
-    )
+    symbols = {
+        "type": type_entropy_bits(layer.types),
+        "magnitude": int((layer.types == UNIFIED).sum()),
+        "dense": int(entries[layer.types == DENSE].sum()),
+        "sign": int(entries[layer.types == UNIFIED].sum()),
+    }
+    widths = {
+        "type": 1.0,
+        "magnitude": layer.weights.magnitude_bits,
+        "dense": layer.weights.weight_bits,
+        "sign": 1.0,
+    }
+    bits = {
+        stream: 8 * float(row[f"{stream}_bytes"]) / count if count >= _FEW else widths[stream]
+        for stream, count in symbols.items()
+    }
+    # What the prices of a few symbols miss goes to what is fixed, so that the sum is the file's.
+    priced = sum(bits[stream] * count for stream, count in symbols.items()) / 8
+    other = float(row["total_bytes"]) - priced
+    return LayerRates(bits["type"], bits["magnitude"], bits["dense"], bits["sign"], other)
 
 
 def within_file_bytes(
