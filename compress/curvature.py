@@ -129,12 +129,14 @@ def listening(
 ) -> Iterator[None]:
     """``listener(name, module, inputs, outputs)`` is called whenever one of the modules ran."""
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        return lambda module, arguments, outputs: listener(name, module, arguments[0], outputs)
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
+        return lambda module, given, named, outputs: listener(
+            name, module, next(iter((*given, *named.values()))), outputs
+        )
 
     with ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_hook(hook(name)).remove)
+            stack.callback(module.register_forward_hook(hook(name), with_kwargs=True).remove)
         yield
 
 

@@ -107,8 +107,7 @@ def within_file_bytes(
     sizes: list[int] = []
     aim, misses = budget, 0
     for turn in range(most_turns):
-        artifact = build(aim, turn)
-        size = artifact_size(artifact, preset)
+        artifact, size = _with_size(build(aim, turn), budget, preset)
         sizes.append(size)
         if size <= budget.limit and (kept is None or size > kept[0]):
             kept = size, artifact, aim
@@ -124,6 +123,32 @@ def within_file_bytes(
     return kept[1], kept[2]
 
 
+def _with_size(artifact: Artifact, budget: Budget, preset: str) -> tuple[Artifact, int]:
+    """The artifact whose results name the budget that was asked for and the file's own bytes; and these."""
+    size = 0
+    for _ in range(8):  # the number is part of the file, and settles at once or nearly so
+        reached = {"quantity": budget.quantity, "limit": budget.limit, "reached": size}
+        artifact = replace(artifact, results=artifact.results | {"budget": reached})
+        before, size = size, artifact_size(artifact, preset)
+        if size == before:
+            break
+    return artifact, size
+
+
+def _within_measured(budget: Budget, build: Callable[[Budget, int], Artifact]) -> Artifact:
+    """The first artifact whose final types keep a budget of the machine: where blocks lie changes cycles and energy."""
+    aim = budget
+    for turn in range(MOST_TURNS):
+        artifact = build(aim, turn)
+        reached = artifact.results["budget"]["reached"]
+        if reached <= budget.limit:
+            stated = artifact.results["budget"] | {"limit": budget.limit}
+            return replace(artifact, results=artifact.results | {"budget": stated})
+        aim = replace(aim, limit=aim.limit - (reached - budget.limit))
+    message = f"{budget.limit:,.10g} was not met in {MOST_TURNS} turns; the last took {reached:,.10g}"
+    raise InputError("budget", Problem(budget.quantity, message, "raise the budget"))
+
+
 def compress_within(
     checkpoint: Checkpoint,
     data: Dataset,
@@ -136,15 +161,15 @@ def compress_within(
     resume_from: str | Path | None = None,
     **options: Any,
 ) -> Artifact:
-    """`compress.rebuild.compress_checkpoint`, with a budget of ``file_bytes`` kept by the file.
+    """`compress.rebuild.compress_checkpoint`, with a budget that is kept by what was measured in the end.
 
-    In one shot the network is compressed a few times, until the file meets the budget. Training is done once: its prices come
-    from such turns that only project, so the file may miss the budget by what training changes in the integers.
+    In one shot the network is compressed a few times, until the file, or the machine with the final types, keeps the budget.
+    Training is done once: prices of ``file_bytes`` come from turns that only project, so the file may miss the budget by what
+    training changes in the integers.
 
     Parameters
     ----------
     budget : Budget, optional
-        Any; only that of ``file_bytes`` takes several turns.
     preset : {"small", "fast"}
         With which files are encoded.
     one_shot : OneShotRecipe, optional
@@ -165,14 +190,15 @@ def compress_within(
         )
 
     root = None if resume_from is None else Path(resume_from)
-    if budget is None or budget.quantity != "file_bytes":
+
+    def turn_of(aim: Budget, turn: int) -> Artifact:
+        return run(aim, one_shot, None if root is None else root / f"turn-{turn}", **options)
+
+    is_file = budget is not None and budget.quantity == "file_bytes"
+    if budget is None or (one_shot is None and not is_file):
         return run(budget, one_shot, root, **options)
     if one_shot is not None:
-
-        def turn_of(aim: Budget, turn: int) -> Artifact:
-            return run(aim, one_shot, None if root is None else root / f"turn-{turn}", **options)
-
-        return within_file_bytes(budget, turn_of, preset)[0]
+        return within_file_bytes(budget, turn_of, preset)[0] if is_file else _within_measured(budget, turn_of)
     rehearsed = options | {"max_loss": 0.0, "progress": None}
     projection = OneShotRecipe(method="projection")
     _, priced = within_file_bytes(budget, lambda aim, _: run(aim, projection, None, **rehearsed), preset)

@@ -216,7 +216,7 @@ def _identity(
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A layer, how often a forward pass runs it, and the batch normalisation that reads its outputs and nothing else.
+    """A layer, how often a forward pass runs it, and the batch normalisation that reads its outputs, if it is the only one.
 
     ``uses`` is 0 where the layer cannot be observed; ``reason`` then says why.
     """
@@ -419,8 +419,11 @@ def _match_statistics(
         for matrix, columns in ((weight, observed.wanted_mean), (final, observed.mean))
     )
     bias, norm = step.layer.module._parameters.get("bias"), step.norm
-    if recipe.refit_bias and bias is not None:
-        bias.add_((wanted_mean - mean).to(bias))
+    if bias is not None:
+        wanted_mean, mean = wanted_mean + bias.double(), mean + bias.double()
+        if recipe.refit_bias:
+            bias.add_((wanted_mean - mean).to(bias))
+            mean = wanted_mean
     if norm is None:
         return
     centre, variance, eps = norm.get_buffer("running_mean"), norm.get_buffer("running_var"), float(norm.eps)  # type: ignore[arg-type]
@@ -430,7 +433,7 @@ def _match_statistics(
         now = torch.einsum("gmk,gkl,gml->gm", final, observed.products - products, final).flatten()
         wanted = observed.wanted_variance.flatten()
         ratio = torch.where((wanted > 0) & (now > 0), now / wanted, 1.0).clamp(*VARIANCE_RATIOS)
-    if recipe.refit_bias and bias is None:
+        variance.copy_(((variance.double() + eps) * ratio - eps).clamp(min=0.0))
+    if recipe.refit_bias:
         # What comes out of the normalisation keeps its mean, whatever becomes of the spread.
         centre.copy_(mean - (wanted_mean - centre.double()) * ratio.sqrt())
-    variance.copy_(((variance.double() + eps) * ratio - eps).clamp(min=0.0))

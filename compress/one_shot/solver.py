@@ -19,6 +19,7 @@ from compress.one_shot.recipe import OneShotRecipe
 from compress.projection import Projection, project_to_counts
 from compress.quantize import choose_step_size, magnitude_range, quantize_blocks, weight_range
 from compress.rules import PlannedLayer
+from hwsim.layer import UNIFIED
 
 __all__ = ["Solution", "projected", "quantized", "search", "solve"]
 
@@ -118,7 +119,7 @@ def _refined(quadratic: Quadratic, form: Form, turns: int) -> Form:
     """Exact fits and sweeps of signs in turn; never worse than the form that came in."""
     form = refit(quadratic, form)
     loss = quadratic.loss(form.matrix())
-    for _ in range(turns):
+    for _ in range(turns if bool((form.types == UNIFIED).any()) else 0):
         swept, changed = choose_levels(quadratic, form)
         if not changed:
             break

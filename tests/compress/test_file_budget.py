@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from compress import file_budget
 from compress.allocate import allocate
 from compress.artifact import Artifact, artifact_size
 from compress.budget import Budget, FileRates, LayerRates, file_bytes, parse_budget
@@ -81,6 +82,8 @@ def test_the_written_file_keeps_the_budget_and_uses_it(limit: int) -> None:
     assert (1 - TOLERANCE) * limit <= artifact_size(artifact) <= limit
     assert len(turns) <= 4
     assert budget.rates is not None
+    stated = {"quantity": "file_bytes", "limit": limit, "reached": artifact_size(artifact)}
+    assert artifact.results["budget"] == stated
     # Without the codec's prices the same budget leaves a good part of the file unused, or is missed.
     assert not 0.95 * limit <= artifact_size(built(parse_budget(f"file_bytes={limit}"))) <= limit
 
@@ -94,11 +97,33 @@ def test_more_than_the_dense_network_ends_after_its_turns() -> None:
         return artifact
 
     artifact, _ = within_file_bytes(parse_budget("file_bytes=1e6"), build, most_turns=2)
-    assert artifact_size(artifact) == max(sizes)
+    assert artifact_size(artifact) == artifact.results["budget"]["reached"]
+    assert max(sizes) < artifact_size(artifact) < max(sizes) + 100  # the budget is named in its results
     assert len(sizes) == 2
 
 
 def test_a_budget_that_no_turn_meets_is_refused_with_the_smallest_file() -> None:
     artifact = built(parse_budget("file_bytes=8000"))
-    with pytest.raises(InputError, match=f"smallest file has {artifact_size(artifact):,} bytes"):
+    with pytest.raises(InputError, match=r"not met in 3 turns; the smallest file has \d,\d{3} bytes"):
         within_file_bytes(parse_budget("file_bytes=1000"), lambda budget, turn: artifact, most_turns=3)
+
+
+def test_a_budget_of_the_machine_is_tightened_until_the_final_types_keep_it() -> None:
+    artifact = built(None)
+    limits = []
+
+    def build(budget: Budget, turn: int) -> Artifact:
+        """Always 3 % above what was dealt out."""
+        limits.append(budget.limit)
+        return replace(artifact, results={"budget": {"limit": budget.limit, "reached": 1.03 * budget.limit}})
+
+    found = file_budget._within_measured(parse_budget("latency_cycles=1000"), build)
+    assert limits == pytest.approx([1000, 970])
+    assert found.results["budget"] == {"limit": 1000, "reached": pytest.approx(999.1)}
+    with pytest.raises(
+        InputError, match=r"latency_cycles: 1,000 was not met in 6 turns; the last took 2,000"
+    ):
+        file_budget._within_measured(
+            parse_budget("latency_cycles=1000"),
+            lambda budget, turn: replace(artifact, results={"budget": {"reached": 2000}}),
+        )
