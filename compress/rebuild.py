@@ -77,8 +77,8 @@ def compress_checkpoint(
     resume_from : str or Path, optional
         A folder for the state of the run, as ``checkpoint`` of either.
     device : torch.device or str
-        Where ADMM and retraining run. One-shot compression, calibration and the integer model stay on the CPU. Among processes each calls this
-        with the same arguments and gets the same artifact; one of them should save it.
+        Where ADMM and retraining run. One-shot compression, calibration and the integer model stay on the CPU. Among
+        processes each calls this with the same arguments and gets the same artifact; one of them should save it.
 
     Returns
     -------
