@@ -339,6 +339,8 @@ TRAINING_OPTIONS = (
     "ramp_updates",
     "distill",
     "batch_size",
+    "accumulation",
+    "precision",
 )
 
 
