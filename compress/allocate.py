@@ -117,7 +117,8 @@ def allocate(
         h = curvature(kind, model, treated, batches, loss_fn)
     if wanted is None:
         return replace(plan.with_counts(_ranked(treated, h)), allocation=Allocation(chosen))
-    shape = input_shape or tuple(batches[0][0].shape[1:])
+    # Bytes of a file do not depend on the size of an input.
+    shape = input_shape or (tuple(batches[0][0].shape[1:]) if batches else ())
     return _within(wanted, chosen, model, plan, treated, blocks, h, shape)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Activations",
     "Artifact",
     "DatasetNote",
+    "artifact_size",
     "integer_weight",
     "load_artifact",
     "matrix_to_weight",
@@ -196,6 +197,11 @@ def save_artifact(path: str | Path, artifact: Artifact, preset: str = "small") -
         Integers that do not fit their bits, parameters that are not finite, a full disk: nothing is written.
     """
     return write_container(path, *_file_parts(artifact, preset))
+
+
+def artifact_size(artifact: Artifact, preset: str = "small") -> int:
+    """Bytes of the file that `save_artifact` would write."""
+    return len(container_bytes(*_file_parts(artifact, preset)))
 
 
 def load_artifact(path: str | Path, max_weights: int = DEFAULT_MAX_WEIGHTS) -> Artifact:

@@ -25,7 +25,17 @@ from hwsim.machine import Machine, load_machine
 from hwsim.simulator import layer_events, run_layer
 from hwsim.technology import load_technology
 
-__all__ = ["Budget", "CostFunction", "Quantity", "file_bytes", "machine_cost", "parse_budget"]
+__all__ = [
+    "Budget",
+    "CostFunction",
+    "FileRates",
+    "LayerRates",
+    "Quantity",
+    "file_bytes",
+    "machine_cost",
+    "parse_budget",
+    "type_entropy_bits",
+]
 
 Quantity = Literal["file_bytes", "image_bytes", "latency_cycles", "energy_pj"]
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
@@ -39,27 +49,69 @@ REQUANTIZER_BYTES = 7
 
 
 @dataclass(frozen=True)
+class LayerRates:
+    """What the streams of a layer take in a file, per symbol.
+
+    Attributes
+    ----------
+    type_share : float
+        Bits of the types as a share of their entropy without contexts.
+    magnitude_bits, dense_bits : float
+        Of one shared magnitude, and of one dense weight.
+    sign_bits : float
+        Of one weight of a unified block; below 1 where magnitudes are 0 and have no signs.
+    other_bytes : float
+        Tables, checksums and requantiser.
+    """
+
+    type_share: float
+    magnitude_bits: float
+    dense_bits: float
+    sign_bits: float
+    other_bytes: float
+
+
+@dataclass(frozen=True)
+class FileRates:
+    """What a file of a network takes, from one that was written: see `compress.file_budget.file_rates`.
+
+    Attributes
+    ----------
+    layers : mapping of str to LayerRates
+    fixed_bytes : float
+        Header, biases and normalisation.
+    """
+
+    layers: Mapping[str, LayerRates]
+    fixed_bytes: float
+
+
+@dataclass(frozen=True)
 class Budget:
     """So much of something may be spent on one input.
 
     Attributes
     ----------
     quantity : {"file_bytes", "image_bytes", "latency_cycles", "energy_pj"}
-        file_bytes: an estimate of the streams on disk and the float32 tensors beside them, without the header.
+        file_bytes: with ``rates`` the whole file; without, an upper estimate of the streams and the float32 tensors.
         image_bytes: the memory images of all layers. latency_cycles, energy_pj: of the machine, with memory.
     limit : float
     machine : Machine or None
         On which the last three are measured; None for the first.
+    rates : FileRates or None
+        For the first: bits per symbol as the codec needed them.
     """
 
     quantity: Quantity
     limit: float
     machine: Machine | None = None
+    rates: FileRates | None = None
 
     def cost_function(self, model: nn.Module, input_shape: tuple[int, ...]) -> CostFunction:
         """The cost of a layer of this very model in the budget's quantity."""
         if self.machine is None:
-            return file_bytes
+            layers = {} if self.rates is None else self.rates.layers
+            return lambda layer, types: file_bytes(layer, types, layers.get(layer.name))
         shapes: dict[str, list[LayerShape]] = {}
         for shape in layer_shapes(model, input_shape):
             shapes.setdefault(module_name(shape.name), []).append(shape)
@@ -69,6 +121,8 @@ class Budget:
         """What no block type changes: in a file, all tensors but the layers' weights, in float32."""
         if self.quantity != "file_bytes":
             return 0.0
+        if self.rates is not None:
+            return self.rates.fixed_bytes
         held = {f"{layer.name}.weight" for layer in layers}
         return 4.0 * sum(values.numel() for name, values in model.state_dict().items() if name not in held)
 
@@ -152,22 +206,31 @@ def machine_cost(
     return cost
 
 
-def file_bytes(layer: PlannedLayer, types: NDArray[np.uint8]) -> float:
-    """Estimated bytes of a layer in an entropy-coded file: types at their entropy, everything else at its width.
+def file_bytes(layer: PlannedLayer, types: NDArray[np.uint8], rates: LayerRates | None = None) -> float:
+    """Bytes of a layer in an entropy-coded file, additive over its blocks but for the entropy of their types.
 
-    Signs and magnitudes are taken at their full width (signs hardly compress; magnitudes do, so this is an upper estimate),
-    of real weights only; 7 bytes of requantiser per output channel.
+    Without rates everything but the types is taken at its full width, of real weights only, with 7 bytes of requantiser per
+    output channel: an upper estimate.
 
     Source: Shannon's entropy of the types without their neighbours' context.
     """
     settings = layer.settings
+    rates = rates or LayerRates(
+        1.0, settings.magnitude_bits, settings.weight_bits, 1.0, REQUANTIZER_BYTES * layer.weight_shape[0]
+    )
     entries = np.broadcast_to(real_entries(layer.m, layer.k, settings.block).numpy(), types.shape)
+    bits = rates.type_share * type_entropy_bits(types)
+    bits += rates.sign_bits * int(entries[types == UNIFIED].sum())
+    bits += rates.magnitude_bits * int((types == UNIFIED).sum())
+    bits += rates.dense_bits * int(entries[types == DENSE].sum())
+    return bits / 8 + rates.other_bytes
+
+
+def type_entropy_bits(types: NDArray[np.uint8]) -> float:
+    """Entropy of the block types of a layer, each independent of the others."""
     counts = np.bincount(types.ravel(), minlength=3)
     shares = counts[counts > 0] / types.size
-    bits = -types.size * float((shares * np.log2(shares)).sum())
-    bits += int(entries[types == UNIFIED].sum()) + int(counts[UNIFIED]) * settings.magnitude_bits
-    bits += int(entries[types == DENSE].sum()) * settings.weight_bits
-    return bits / 8 + REQUANTIZER_BYTES * layer.weight_shape[0]
+    return -types.size * float((shares * np.log2(shares)).sum())
 
 
 def uniform_costs(cost: CostFunction, layer: PlannedLayer) -> tuple[float, float, float]:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
     from compress.allocate import AllocationMethod
     from compress.data import Dataset
     from compress.fit import Progress
     from compress.loop import Precision
+    from compress.one_shot.network import OneShotProgress
     from compress.rules import CompressionConfig, Recipe
 
 __all__ = ["compress", "load_images", "pack", "train"]
@@ -131,7 +134,10 @@ def train(
     click.echo(f"written   {path} ({size_bytes:,} bytes)")
 
 
-@click.command(epilog=f"Example: hwsim {_COMPRESS_EXAMPLE}" + _SCALE_EPILOG.format(_COMPRESS_EXAMPLE))
+@click.command(
+    epilog=f"Examples: hwsim {_COMPRESS_EXAMPLE}; without training: hwsim compress lenet5.safetensors --one-shot --all-layers "
+    "--pruned 0.75 --unified 0.25." + _SCALE_EPILOG.format(_COMPRESS_EXAMPLE)
+)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--block",
@@ -200,9 +206,17 @@ def train(
     type=float,
     help="With --preset: calibration loss in nats that coarser integers may cost.  [default: 0.005]",
 )
+@click.option(
+    "--one-shot",
+    is_flag=True,
+    help="No training: each layer is fitted to what the original gives on the calibration images.",
+)
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(
-    "--calibration-images", default=512, show_default=True, help="Training images that set activation scales."
+    "--calibration-images",
+    default=512,
+    show_default=True,
+    help="Training images that set activation scales, and all that --one-shot sees.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the order of images and of subsets.")
 @click.option("--out", type=click.Path(path_type=Path), help="File to write; default MODEL.hws.safetensors.")
@@ -219,13 +233,14 @@ def compress(
     preset: str | None,
     max_loss: float | None,
     device: str,
+    one_shot: bool,
     activation_bits: int,
     calibration_images: int,
     seed: int,
     out: Path | None,
     **settings: Any,
 ) -> None:
-    """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers.
+    """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers. Or in one shot.
 
     First and last layer stay dense unless --all-layers or a rule of --config says otherwise. The file holds the integers,
     how they were made, and the accuracy of the float network and of the 8-bit machine.
@@ -236,8 +251,9 @@ def compress(
     from compress.budget import as_budget
     from compress.cli_hardware import parse_block
     from compress.container import check_writable
+    from compress.file_budget import compress_within
+    from compress.one_shot import OneShotRecipe
     from compress.parallel import choose_device, processes
-    from compress.rebuild import compress_checkpoint
     from compress.train import load_checkpoint
     from hwsim.errors import InputError, Problem
     from hwsim.tables import format_table
@@ -249,7 +265,7 @@ def compress(
     where = choose_device(device)
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
-    _check_choices(budget, len(shapes), settings)
+    _check_choices(budget, len(shapes), one_shot, settings)
     if wanted is not None:
         settings |= {"pruned": None, "unified": None}
     plan, recipe = _settings(config, {**settings, "block": shapes[0] if shapes else None, "seed": seed})
@@ -261,8 +277,11 @@ def compress(
     with processes(where) as here:
         images = load_images(data, train_images, test_images, seed)
         epochs = recipe.epochs_admm + recipe.epochs_retrain
-        with _progress_bar(epochs, recipe.epochs_admm, here.is_main) as progress:
-            artifact = compress_checkpoint(
+        bar = (
+            _layer_bar(here.is_main) if one_shot else _progress_bar(epochs, recipe.epochs_admm, here.is_main)
+        )
+        with bar as progress:
+            artifact = compress_within(
                 dense,
                 images,
                 plan,
@@ -273,6 +292,8 @@ def compress(
                 activation_bits=activation_bits,
                 calibration_images=calibration_images,
                 max_loss=(DEFAULT_MAX_LOSS if max_loss is None else max_loss) if preset else 0.0,
+                preset=preset or "small",
+                one_shot=OneShotRecipe() if one_shot else None,
                 progress=progress,
                 resume_from=checkpoint,
                 device=where,
@@ -288,9 +309,13 @@ def compress(
     weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
     coarser = f", coarser {results['accuracy_coarse']:.2%}" if "accuracy_coarse" in results else ""
     click.echo(f"data      {images.source}")
+    reached = (
+        f"one-shot {results['accuracy_one_shot']:.2%}"
+        if one_shot
+        else f"projected {results['accuracy_projected']:.2%}, retrained {results['accuracy_retrained']:.2%}"
+    )
     click.echo(
-        f"accuracy  dense {results['accuracy_dense']:.2%}, projected {results['accuracy_projected']:.2%}, "
-        f"retrained {results['accuracy_retrained']:.2%}{coarser}; "
+        f"accuracy  dense {results['accuracy_dense']:.2%}, {reached}{coarser}; "
         f"{activation_bits}-bit integers {results['accuracy_integer']:.2%}"
     )
     if "budget" in results:
@@ -305,7 +330,21 @@ def compress(
     )
 
 
-def _check_choices(budget: str | None, blocks: int, settings: dict[str, Any]) -> None:
+TRAINING_OPTIONS = (
+    "epochs_admm",
+    "epochs_retrain",
+    "lr",
+    "rho",
+    "rho_growth",
+    "ramp_updates",
+    "distill",
+    "batch_size",
+    "accumulation",
+    "precision",
+)
+
+
+def _check_choices(budget: str | None, blocks: int, one_shot: bool, settings: dict[str, Any]) -> None:
     """Options that say the same thing twice."""
     from hwsim.errors import InputError, Problem
 
@@ -316,7 +355,13 @@ def _check_choices(budget: str | None, blocks: int, settings: dict[str, Any]) ->
             Problem(f"--{name}", "a budget decides the ratios itself", "give one of the two")
             for name in ratios
         ]
-    elif blocks > 1:
+    if one_shot:
+        problems += [
+            Problem(f"--{name.replace('_', '-')}", "is of training, --one-shot does none", "leave it out")
+            for name in TRAINING_OPTIONS
+            if settings[name] is not None
+        ]
+    if budget is None and blocks > 1:
         problems.append(Problem("--block", "several shapes are chosen from by --budget only", "give one"))
     if problems:
         raise InputError("options", problems)
@@ -398,19 +443,29 @@ def load_images(data: str, train_images: int | None, test_images: int | None, se
 
 
 @contextmanager
-def _progress_bar(
-    epochs: int, epochs_before_retraining: int = 0, is_shown: bool = True
-) -> Iterator[Callable[[Progress], None]]:
-    """A bar over all epochs on stderr with an estimate of the time left; gives the callback that moves it."""
+def _layer_bar(is_shown: bool = True) -> Iterator[Callable[[OneShotProgress], None]]:
+    """A bar over layers on stderr, started anew where a budget takes another turn."""
+    with _bar(is_shown) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def move(now: OneShotProgress) -> None:
+            if now.number == 1:
+                bar.reset(task)
+            bar.update(task, description=f"layer {now.layer}", total=now.layers, completed=now.number)
+
+        yield move
+
+
+def _bar(is_shown: bool) -> Bar:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
-    from rich.progress import Progress as Bar
 
     columns = (
         TextColumn("{task.description}"),
@@ -420,7 +475,15 @@ def _progress_bar(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), disable=not is_shown) as bar:
+    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
+
+
+@contextmanager
+def _progress_bar(
+    epochs: int, epochs_before_retraining: int = 0, is_shown: bool = True
+) -> Iterator[Callable[[Progress], None]]:
+    """A bar over all epochs on stderr with an estimate of the time left; gives the callback that moves it."""
+    with _bar(is_shown) as bar:
         task = bar.add_task("starting", total=None)
 
         def move(now: Progress) -> None:

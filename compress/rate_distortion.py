@@ -18,18 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress.blocks import expand_blocks, weight_to_matrix
+from compress.blocks import expand_blocks
+from compress.curvature import Curvature, curvatures
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize, magnitude_range, weight_range
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, UNIFIED, QuantizedWeights
 
 __all__ = [
-    "Curvature",
     "coarsen",
     "coarsen_network",
     "coarsen_within",
-    "curvatures",
     "refit_biases",
     "round_biases",
     "set_weights",
@@ -42,9 +41,6 @@ STEP_FACTORS = (0.35, 0.5, 0.7, 1.0, 1.4)
 
 LOG_RATIOS = (1.12, 1.25, 1.4)
 """Ratios of neighbouring magnitudes on the logarithmic grids that are tried."""
-
-CURVATURE_FLOOR = 0.02
-"""Share of a layer's mean curvature that every weight has at least: calibration sees few inputs."""
 
 SEARCH_VALUES = 1 << 12
 """Values on which a grid is chosen: a regular sample of larger layers."""
@@ -59,102 +55,6 @@ LOSS_BATCH = 512
 
 NO_SYMBOL_BITS = 16.0
 """Cost of a grid point that nothing was rounded to so far."""
-
-
-@dataclass(frozen=True, eq=False)
-class Curvature:
-    """Curvature of the loss along each weight of a layer: ``rows · columns + floor``, in nats per squared weight.
-
-    Attributes
-    ----------
-    rows : float64 array ``[groups, m, 1]``
-    columns : float64 array ``[groups, 1, k]``
-    floor : float
-        What every weight has at least.
-    """
-
-    rows: Array
-    columns: Array
-    floor: float
-
-    def full(self) -> Array:
-        """``float64[groups, m, k]``, positive."""
-        return self.rows * self.columns + self.floor
-
-    def at(self, mask: NDArray[np.bool_]) -> Array:
-        """`full` where a mask ``[groups, m, k]`` is set, without the rest."""
-        group, row, column = np.nonzero(mask)
-        return self.rows[group, row, 0] * self.columns[group, 0, column] + self.floor
-
-    def of_blocks(self, block: tuple[int, int]) -> tuple[Array, Array]:
-        """Sums of `full` over the real entries of every block, and their numbers: ``[groups, Mb, Kb]`` each."""
-        sizes = (self.rows.shape[1], self.columns.shape[2])
-        tops, lefts = (np.arange(0, size, step) for size, step in zip(sizes, block, strict=True))
-        rows, columns = np.add.reduceat(self.rows, tops, axis=1), np.add.reduceat(self.columns, lefts, axis=2)
-        heights = np.diff(np.append(tops, sizes[0])).astype(np.float64)
-        widths = np.diff(np.append(lefts, sizes[1])).astype(np.float64)
-        entries = np.broadcast_to(np.outer(heights, widths), (len(rows), len(tops), len(lefts)))
-        return rows * columns + self.floor * entries, entries
-
-    @classmethod
-    def constant(cls, groups: int, m: int, k: int, value: float = 1.0) -> Curvature:
-        """The same for every weight: what is left without calibration inputs."""
-        return cls(np.zeros((groups, m, 1)), np.zeros((groups, 1, k)), value)
-
-
-def curvatures(
-    model: nn.Module,
-    layers: Mapping[str, CompressedLayer],
-    inputs: Tensor,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> dict[str, Curvature]:
-    """The diagonal of the Fisher matrix of every layer's weight.
-
-    It is estimated from gradients for labels that the network's own distribution draws, and smoothed to the outer product of
-    its means over rows and columns: the gradient of a matrix product is an outer product too, and single entries are
-    noisier than they are different.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Gives logits ``[n, classes]``. In evaluation mode; left as it is.
-    layers : mapping of str to CompressedLayer
-    inputs : Tensor ``[n, …]``
-        Calibration inputs; the more the better, 512 are enough for small networks.
-    seed : int
-        Of the labels.
-    batch_size : int
-        Inputs whose gradients are added before squaring. With labels drawn from the network they are independent
-        and of mean 0, so the expectation does not depend on it.
-    """
-    weights = [model.get_submodule(name).get_parameter("weight") for name in layers]
-    generator = torch.Generator().manual_seed(seed)
-    sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
-    with torch.enable_grad():
-        for batch in inputs.split(batch_size):
-            logits = model(batch)
-            if logits.dim() != 2:
-                problem = Problem("output", f"shape {tuple(logits.shape)}, must be [n, classes]")
-                raise InputError("curvatures", problem)
-            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[:, 0]
-            loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-            for total, gradient in zip(sums, gradients, strict=True):
-                if gradient is not None:
-                    total += gradient.double().square()
-    return {
-        name: _smoothed(weight_to_matrix(total / len(inputs), len(layer.types), layer.column_order).cpu())
-        for (name, layer), total in zip(layers.items(), sums, strict=True)
-    }
-
-
-def _smoothed(diagonal: Tensor) -> Curvature:
-    mean = diagonal.mean(dim=(1, 2), keepdim=True)
-    rows, columns = diagonal.mean(dim=2, keepdim=True), diagonal.mean(dim=1, keepdim=True)
-    columns = torch.where(mean > 0, columns / mean, torch.zeros_like(mean))
-    return Curvature(rows.numpy(), columns.numpy(), CURVATURE_FLOOR * float(diagonal.mean()) or 1.0)
 
 
 # --- one layer
@@ -298,7 +198,7 @@ def coarsen(
     layer : CompressedLayer
         Its effective weights are what is approximated. A requantiser is dropped, since it was made for other integers.
     curvature : Curvature
-        As of `curvatures`.
+        As of `compress.curvature.curvatures`.
     multiplier : float
         λ: loss in nats that a saved bit may cost; positive.
     weight_bits, magnitude_bits : int
@@ -449,7 +349,7 @@ def coarsen_within(
     max_loss : float
         Nats of mean cross-entropy.
     seed : int
-        See `curvatures`.
+        See `compress.curvature.curvatures`.
 
     Returns
     -------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from compress.allocate import AllocationMethod, allocate, budget_spent, keep_wit
 from compress.artifact import Artifact, DatasetNote
 from compress.budget import Budget, as_budget
 from compress.data import Dataset, balanced_subset
-from compress.fit import CompressionResult, Progress, compress
+from compress.fit import CompressionResult, compress
 from compress.integer import IntegerModel, quantize_activations, width_problems
 from compress.layers import CompressedLayer
+from compress.one_shot import OneShotRecipe, OneShotResult
+from compress.one_shot import one_shot as run_one_shot
 from compress.rate_distortion import coarsen_within
 from compress.rules import CompressionConfig, Plan, Recipe
 from compress.shapes import layer_shapes
@@ -42,7 +45,8 @@ def compress_checkpoint(
     accumulator_bits: int = 32,
     calibration_images: int = 512,
     max_loss: float = 0.0,
-    progress: Callable[[Progress], None] | None = None,
+    one_shot: OneShotRecipe | None = None,
+    progress: Callable[[Any], None] | None = None,
     resume_from: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> Artifact:
@@ -66,18 +70,21 @@ def compress_checkpoint(
     max_loss : float
         Nats of calibration loss that coarser integers may cost, chosen for a small file
         (`compress.rate_distortion.coarsen_within`); 0 keeps the integers of the training.
+    one_shot : OneShotRecipe, optional
+        Compress by `compress.one_shot.one_shot` on the calibration images, without training; of ``recipe`` the seed counts.
     progress : callable, optional
-        See `compress.fit.compress`.
+        See `compress.fit.compress`; in one shot, see `compress.one_shot.one_shot`.
     resume_from : str or Path, optional
-        A folder for the state of the run, as ``checkpoint`` of `compress.fit.compress`.
+        A folder for the state of the run, as ``checkpoint`` of either.
     device : torch.device or str
-        Where ADMM and retraining run. Calibration and the integer model stay on the CPU. Among processes each calls this
-        with the same arguments and gets the same artifact; one of them should save it.
+        Where ADMM and retraining run. One-shot compression, calibration and the integer model stay on the CPU. Among
+        processes each calls this with the same arguments and gets the same artifact; one of them should save it.
 
     Returns
     -------
     Artifact
         ``results`` holds ``accuracy_dense``, ``accuracy_projected``, ``accuracy_retrained`` (float, quantised weights),
+        in one shot ``accuracy_one_shot`` and ``layer_errors`` in place of these two,
         ``accuracy_coarse`` (the same with coarser integers, where asked for),
         ``accuracy_integer`` (what the machine computes), ``test_images`` (their number) and ``warnings``; with a budget
         ``budget``: its quantity, limit, and what the final block types cost. ``recipe`` holds the plan, layer by layer, where
@@ -110,18 +117,30 @@ def compress_checkpoint(
     plan: Plan | CompressionConfig = config
     if allocation is not None or wanted is not None or blocks:
         plan = allocate(model, calibration, config, budget=wanted, method=allocation, blocks=blocks)
-    model.to(device)
+    result: CompressionResult | OneShotResult
     with channels_last(model, test_inputs[:2]):
-        result = compress(
-            model,
-            plan,
-            (train_inputs.to(device), data.train_labels.to(device)),
-            recipe,
-            evaluate=accuracy,
-            progress=progress,
-            checkpoint=resume_from,
-            adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
-        )
+        if one_shot is not None:
+            result = run_one_shot(
+                model,
+                calibration[0],
+                plan,
+                one_shot,
+                evaluate=accuracy,
+                progress=progress,
+                checkpoint=resume_from,
+            )
+        else:
+            model.to(device)
+            result = compress(
+                model,
+                plan,
+                (train_inputs.to(device), data.train_labels.to(device)),
+                recipe,
+                evaluate=accuracy,
+                progress=progress,
+                checkpoint=resume_from,
+                adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
+            )
     model.cpu()
     layers, coarse = result.layers, {}
     if max_loss:
@@ -138,8 +157,7 @@ def compress_checkpoint(
     outside = [f"{item.name} runs outside the array: {item.reason}" for item in result.plan.untreated]
     results = {
         "accuracy_dense": result.accuracy_dense,
-        "accuracy_projected": result.accuracy_projected,
-        "accuracy_retrained": result.accuracy_retrained,
+        **_measured(result),
         **coarse,
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
@@ -151,8 +169,7 @@ def compress_checkpoint(
         "config": config.model_dump(mode="json"),
         **({"plan": result.plan.to_dict()} if result.plan.allocation is not None else {}),
         **({"permutation": result.permutation.to_dict()} if any(asked) else {}),
-        "training": recipe.model_dump(mode="json"),
-        "train_images": len(data.train_labels),
+        **_procedure(result, len(data.train_labels)),
         "calibration_images": len(chosen),
         "dense": {"seed": checkpoint.seed, "epochs": len(checkpoint.history)},
     }
@@ -170,6 +187,24 @@ def compress_checkpoint(
     )
 
 
+def _measured(result: CompressionResult | OneShotResult) -> dict[str, Any]:
+    if isinstance(result, OneShotResult):
+        errors = [asdict(error) for error in result.errors]
+        return {"accuracy_one_shot": result.accuracy_compressed, "layer_errors": errors}
+    return {
+        "accuracy_projected": result.accuracy_projected,
+        "accuracy_retrained": result.accuracy_retrained,
+    }
+
+
+def _procedure(result: CompressionResult | OneShotResult, train_images: int) -> dict[str, Any]:
+    """The recipe under the name of its method, and what it saw besides the calibration images."""
+    if isinstance(result, OneShotResult):
+        source = "class-balanced training images, without labels"
+        return {"one_shot": {**result.recipe.model_dump(mode="json"), "calibration": source}}
+    return {"training": result.recipe.model_dump(mode="json"), "train_images": train_images}
+
+
 def _keep_within(
     budget: Budget,
     input_shape: tuple[int, ...],
@@ -184,7 +219,10 @@ def _keep_within(
 
 
 def _spending(
-    budget: Budget | None, model: nn.Module, result: CompressionResult, input_shape: tuple[int, ...]
+    budget: Budget | None,
+    model: nn.Module,
+    result: CompressionResult | OneShotResult,
+    input_shape: tuple[int, ...],
 ) -> dict[str, Any]:
     """What the final block types cost in the budget."""
     if budget is None:

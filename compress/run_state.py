@@ -22,6 +22,7 @@ from hwsim.machine import validation_problems
 
 __all__ = [
     "RunState",
+    "differences",
     "digest",
     "optimizer_tensors",
     "read_run",
@@ -131,9 +132,9 @@ def read_run(folder: str | Path, identity: Mapping[str, Any]) -> RunState | None
         header = _Header.model_validate(raw)
     except ValidationError as error:
         raise FormatError(str(path), validation_problems(error, _Header)) from None
-    differences = list(_differences(header.identity, dict(identity)))
-    if differences:
-        raise InputError(str(path), differences)
+    problems = differences(header.identity, dict(identity))
+    if problems:
+        raise InputError(str(path), problems)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     for key, values in arrays.items():
         part, _, name = key.partition("/")
@@ -143,12 +144,13 @@ def read_run(folder: str | Path, identity: Mapping[str, Any]) -> RunState | None
     return RunState(header.phase, header.epoch, header.accuracies, **parts)
 
 
-def _differences(stored: Any, wanted: Any, field_name: str = "") -> list[Problem]:
+def differences(stored: Any, wanted: Any, field_name: str = "") -> list[Problem]:
+    """What two identities of a run, as JSON values, do not share: one problem each."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         return [
             problem
             for name in sorted(set(stored) | set(wanted))
-            for problem in _differences(
+            for problem in differences(
                 stored.get(name), wanted.get(name), f"{field_name}.{name}" if field_name else name
             )
         ]

@@ -29,14 +29,13 @@ from compress.codec_bench.networks import (
     packaged_weights,
     save_problem,
 )
+from compress.curvature import Curvature, curvatures
 from compress.data import Dataset, load_dataset
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize
 from compress.rate_distortion import (
-    Curvature,
     coarsen,
     coarsen_network,
-    curvatures,
     refit_biases,
     round_biases,
 )

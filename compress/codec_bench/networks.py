@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.blocks import block_sums, real_entries, weight_to_matrix
+from compress.curvature import Curvature
 from compress.layers import CompressedLayer
 from compress.projection import project
 from compress.quantize import dequantize, quantize_blocks
-from compress.rate_distortion import Curvature
 from hwsim.errors import InputError
 
 __all__ = [

@@ -362,3 +362,39 @@ def test_wrong_uses_of_presets_are_input_errors(tmp_path: Path, dense: Path) -> 
     assert "max_loss: -1.0" in str(error_of(compress, dense, *QUICK, "--preset", "fast", "--max-loss", "-1"))
     assert "cannot be read" in str(error_of(pack, tmp_path / "missing"))
     assert isinstance(error_of(pack, dense), FormatError)
+
+
+# --- in one shot
+
+ONE_SHOT = [*DIGITS, "--one-shot", "--all-layers", "--calibration-images", "100"]
+
+
+def test_one_shot_needs_no_training(tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit._Trainer, "epoch", lambda *_: pytest.fail("trained"))
+    path = tmp_path / "model"
+    result = run(compress, dense, *ONE_SHOT, "--pruned", 0.5, "--unified", 0.5, "--out", path)
+    assert result.exception is None, result.output
+    artifact = load_artifact(path)
+    assert artifact.recipe["one_shot"]["method"] == "hessian"
+    assert "training images" in artifact.recipe["one_shot"]["calibration"]
+    assert artifact.recipe["calibration_images"] == 100
+    assert "training" not in artifact.recipe
+    assert [row["layer"] for row in artifact.results["layer_errors"]] == ["fc1", "fc2", "fc3"]
+    assert artifact.results["accuracy_one_shot"] > artifact.results["accuracy_dense"] - 0.1
+    assert f"one-shot {artifact.results['accuracy_one_shot']:.2%}" in result.stdout
+    assert "layer fc3" in result.stderr
+
+
+def test_one_shot_takes_no_options_of_training(tmp_path: Path, dense: Path) -> None:
+    error = error_of(compress, dense, *ONE_SHOT, "--epochs-admm", 2, "--lr", 0.1, "--out", tmp_path / "a")
+    assert isinstance(error, InputError)
+    assert [problem.field for problem in error.problems] == ["--epochs-admm", "--lr"]
+
+
+def test_the_file_of_one_shot_keeps_its_budget(tmp_path: Path, dense: Path) -> None:
+    path, state = tmp_path / "model", tmp_path / "state"
+    options = [*ONE_SHOT, "--budget", "file_bytes=15000", "--checkpoint", state, "--out", path]
+    result = run(compress, dense, *options)
+    assert result.exception is None, result.output
+    assert 14_700 <= path.stat().st_size <= 15_000
+    assert {"turn-0", "turn-1"} <= {folder.name for folder in state.iterdir()}

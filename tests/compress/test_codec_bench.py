@@ -25,7 +25,7 @@ from compress.codec_bench.networks import (
     save_problem,
 )
 from compress.codec_bench.report import markdown
-from compress.rate_distortion import Curvature
+from compress.curvature import Curvature
 from hwsim.errors import InputError
 
 SHAPES = st.dictionaries(

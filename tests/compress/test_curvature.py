@@ -35,8 +35,11 @@ def planned(model):
     return plan_layers(model, CompressionConfig(block=(2, 2), exempt_first_last=False)).layers
 
 
-def test_fisher_is_the_mean_square_of_single_gradients():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fisher_is_the_mean_square_of_single_gradients(inplace):
     model = network()
+    model[2] = nn.ReLU(inplace=inplace)
+    model[1] = nn.Identity() if inplace else model[1]
     layers = planned(model)
     found = diagonal_fisher(model, layers, batches())
     expected = {layer.name: torch.zeros(layer.weight_shape) for layer in layers}

@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compress.codec import encode_network
+from compress.curvature import Curvature, curvatures
 from compress.fit import compress
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize
 from compress.rate_distortion import (
-    Curvature,
     coarsen,
     coarsen_network,
     coarsen_within,
-    curvatures,
     refit_biases,
     round_biases,
 )

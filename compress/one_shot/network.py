@@ -1,0 +1,439 @@
+"""A whole network in one shot: layer after layer in order of execution, each on the inputs that the compressed ones give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.blocks import weight_to_matrix
+from compress.curvature import Moments, column_permutation, in_chunks, is_observable, listening
+from compress.layers import CompressedLayer
+from compress.one_shot.quadratic import Quadratic
+from compress.one_shot.recipe import OneShotRecipe
+from compress.one_shot.solver import projected, quantized, solve
+from compress.one_shot.state import LayerFiles
+from compress.permute import Permutation, permute_channels
+from compress.quantize import dequantize
+from compress.retrain import check_invariants
+from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
+from compress.run_state import digest
+from compress.shapes import evaluation_mode
+from hwsim.errors import InputError, Problem
+
+__all__ = ["LayerError", "OneShotProgress", "OneShotResult", "one_shot"]
+
+MAX_HESSIAN_ENTRIES = 1 << 28
+"""Of one layer, all groups together: 2 GiB in float64; some four times as much is needed at once."""
+
+VARIANCE_RATIOS = (0.25, 4.0)
+"""Least and greatest factor of a variance: beyond, a channel has lost what it carried."""
+
+
+@dataclass(frozen=True)
+class OneShotProgress:
+    """A layer that is done; handed to the callback.
+
+    Attributes
+    ----------
+    layer : str
+    number, layers : int
+        Counted from 1, in order of execution.
+    """
+
+    layer: str
+    number: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How well the outputs of a layer are kept on the calibration inputs.
+
+    Attributes
+    ----------
+    layer : str
+    projected_percent, reached_percent : float
+        Squared error of the outputs as a share of their energy, with the plain projection of the original weights and with what
+        was found (integers). Against the layer's target; the damping counts as inputs.
+    iterations : int
+        Of ADMM.
+    is_settled : bool
+        Whether types and signs had come to rest.
+    """
+
+    layer: str
+    projected_percent: float
+    reached_percent: float
+    iterations: int
+    is_settled: bool
+
+
+@dataclass(frozen=True, eq=False)
+class OneShotResult:
+    """What `one_shot` gives back; the model itself was changed in place.
+
+    Attributes
+    ----------
+    layers : dict from layer name to CompressedLayer
+        In the plan's order.
+    plan : Plan
+    recipe : OneShotRecipe
+    permutation : Permutation
+    errors : tuple of LayerError
+        In order of execution; of layers that were fitted.
+    warnings : tuple of str
+    accuracy_dense, accuracy_compressed : float or None
+        What the ``evaluate`` callback said before and after.
+    """
+
+    layers: dict[str, CompressedLayer]
+    plan: Plan
+    recipe: OneShotRecipe
+    permutation: Permutation
+    errors: tuple[LayerError, ...]
+    warnings: tuple[str, ...]
+    accuracy_dense: float | None
+    accuracy_compressed: float | None
+
+
+@torch.no_grad()
+def one_shot(
+    model: nn.Module,
+    inputs: Tensor | Sequence[Tensor],
+    config: CompressionConfig | Plan,
+    recipe: OneShotRecipe | None = None,
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    progress: Callable[[OneShotProgress], None] | None = None,
+    checkpoint: str | Path | None = None,
+) -> OneShotResult:
+    """Compress a trained network in place without training: calibration inputs, no labels.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Trained; in float32. Its weights end as exactly ``integer · step size``.
+    inputs : Tensor ``[n, …]``, or a sequence of batches
+        A few hundred samples of what the network will see. Fewer positions than a layer has inputs are made up for by the
+        damping.
+    config : CompressionConfig or Plan
+        A plan for this very model, such as `compress.allocate.allocate` gives. Its counts are met exactly.
+    recipe : OneShotRecipe, optional
+    evaluate : callable, optional
+        ``evaluate(model)``, called in evaluation mode before and after.
+    progress : callable, optional
+        Called with a `OneShotProgress` after every layer.
+    checkpoint : str or Path, optional
+        A folder where each finished layer is kept; called again with the same arguments, a run that was stopped goes on after
+        the last of them, and ends bit for bit like one that was not.
+
+    Raises
+    ------
+    InputError
+        No inputs, or inputs that make the network's values infinite or NaN; a layer whose Hessian does not fit the memory; a
+        checkpoint of another run.
+    FormatError
+        The checkpoint is damaged.
+
+    Notes
+    -----
+    Deterministic: nothing is random. One layer's Hessian is held at a time, in float64; a pass of the calibration inputs goes
+    through the network up to each layer (through the original one too with ``target="network"``).
+
+    Examples
+    --------
+    >>> _ = torch.manual_seed(0)
+    >>> network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> config = CompressionConfig(exempt_first_last=False)
+    >>> result = one_shot(network, torch.randn(256, 16), config)
+    >>> result.errors[0].reached_percent < result.errors[0].projected_percent
+    True
+    """
+    recipe = recipe or OneShotRecipe()
+    plan = config if isinstance(config, Plan) else plan_layers(model, config)
+    batches = _batches(inputs, recipe)
+    files = LayerFiles.open(checkpoint, _identity(model, plan, recipe, batches))
+    with evaluation_mode(model):
+        before = None if evaluate is None else float(evaluate(model))
+        permutation = Permutation((), ())
+        if any(layer.settings.permute_channels for layer in plan.layers):
+            permutation = permute_channels(model, plan, batches[0])
+        # The original network's outputs are the targets; one that is not needed costs no memory.
+        original = copy.deepcopy(model) if recipe.target == "network" else model
+        order = _execution(model, plan, batches[0])
+        layers: dict[str, CompressedLayer] = {}
+        errors, warnings = [], []
+        for number, step in enumerate(order, 1):
+            done = files.read(number, step.layer, step.norm)
+            if done is None:
+                done = _compress_layer(step, model, original, batches, recipe)
+                files.write(number, step.layer, step.norm, *done)
+            layers[step.layer.name], error = done
+            if error is not None:
+                errors.append(error)
+            if not step.uses and recipe.method == "hessian":
+                warnings.append(f"{step.layer.name}: {step.reason}; its weights are projected as they are")
+            if progress is not None:
+                progress(OneShotProgress(step.layer.name, number, len(order)))
+        layers = {layer.name: layers[layer.name] for layer in plan.layers}
+        check_invariants(plan, layers)
+        after = None if evaluate is None else float(evaluate(model))
+    return OneShotResult(layers, plan, recipe, permutation, tuple(errors), tuple(warnings), before, after)
+
+
+def _batches(inputs: Tensor | Sequence[Tensor], recipe: OneShotRecipe) -> list[Tensor]:
+    batches = list(inputs.split(recipe.batch_size)) if isinstance(inputs, Tensor) else list(inputs)
+    batches = [batch for batch in batches if len(batch)]
+    if not batches:
+        raise InputError("calibration", Problem("inputs", "no samples; one-shot compression needs some"))
+    return batches
+
+
+def _identity(
+    model: nn.Module, plan: Plan, recipe: OneShotRecipe, batches: Sequence[Tensor]
+) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "plan": {
+            layer.name: {"counts": list(layer.counts), **layer.settings.model_dump(mode="json")}
+            for layer in plan.layers
+        },
+        "dense_network": digest(model.state_dict()),
+        "inputs": digest({str(number): batch for number, batch in enumerate(batches)}),
+        "torch": torch.__version__,
+    }
+
+
+# --- the order of the layers, and what follows them
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """A layer, how often a forward pass runs it, and the batch normalisation that reads its outputs, if it is the only one.
+
+    ``uses`` is 0 where the layer cannot be observed; ``reason`` then says why.
+    """
+
+    layer: PlannedLayer
+    uses: int
+    norm: nn.Module | None
+    reason: str = ""
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def _execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[_Step]:
+    """The layers in order of their first use; those that do not run, or cannot be observed, come last."""
+    uses: dict[str, int] = {}
+    norms: dict[str, nn.Module] = {}
+    outputs: list[tuple[str, Tensor]] = []
+    seen = {layer.name: layer.module for layer in plan.layers if is_observable(layer.module)}
+    followers = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
+
+    def ran(name: str, module: nn.Module, inputs: Tensor, out: Tensor) -> None:
+        if name in seen and module is seen[name]:
+            uses[name] = uses.get(name, 0) + 1
+            outputs.append((name, out))
+        elif isinstance(module, _NORMS) and module.track_running_stats:
+            norms.update({layer: module for layer, held in outputs if held is inputs})
+
+    with listening(seen | followers, ran):
+        model(sample[:2])
+    readers = [id(module) for module in norms.values()]
+    steps = {}
+    for layer in plan.layers:
+        norm = norms.get(layer.name)
+        # Statistics shared by several layers, or a layer with several outputs, have no single shift.
+        alone = norm is not None and readers.count(id(norm)) == 1 and uses[layer.name] == 1
+        reason = "it never runs" if is_observable(layer.module) else "its inputs cannot be observed"
+        steps[layer.name] = _Step(layer, uses.get(layer.name, 0), norm if alone else None, reason)
+    return [steps[name] for name in uses] + [step for step in steps.values() if not step.uses]
+
+
+# --- one layer
+
+
+class _Enough(Exception):
+    """Ends a forward pass after the layer that is looked at."""
+
+
+@contextmanager
+def _held_inputs(
+    step: _Step, name: str, model: nn.Module
+) -> Iterator[Callable[[Tensor], list[tuple[Tensor, Tensor]]]]:
+    """A function that gives inputs and outputs of all uses of a layer for one batch, and runs the network no further."""
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def keep(_name: str, _module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        held.append((inputs, outputs))
+        if len(held) == step.uses:
+            raise _Enough
+
+    def run(batch: Tensor) -> list[tuple[Tensor, Tensor]]:
+        held.clear()
+        with suppress(_Enough):
+            model(batch)
+        return list(held)
+
+    with listening({name: model.get_submodule(name)}, keep):
+        yield run
+
+
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """Means over all positions that reached a layer, columns in the order of the block view.
+
+    Attributes
+    ----------
+    products : float64 Tensor ``[groups, k, k]``
+        ``x·xᵀ`` of the inputs of the compressed network.
+    cross : float64 Tensor ``[groups, k, k]`` or None
+        ``x·zᵀ`` with the inputs z of the original network.
+    mean, wanted_mean : float64 Tensor ``[groups, k]``
+        Of x, and of the inputs whose outputs are wanted.
+    wanted_variance : float64 Tensor ``[groups, m]``
+        Of the wanted outputs.
+    """
+
+    products: Tensor
+    cross: Tensor | None
+    mean: Tensor
+    wanted_mean: Tensor
+    wanted_variance: Tensor
+
+    def centred(self) -> _Observed:
+        """Without what a bias takes care of."""
+
+        def outer(a: Tensor, b: Tensor) -> Tensor:
+            return a[:, :, None] * b[:, None, :]
+
+        cross = None if self.cross is None else self.cross - outer(self.mean, self.wanted_mean)
+        return replace(self, products=self.products - outer(self.mean, self.mean), cross=cross)
+
+
+def _observe(
+    step: _Step, model: nn.Module, original: nn.Module, batches: Sequence[Tensor], weight: Tensor
+) -> _Observed:
+    layer = step.layer
+    entries = layer.groups * layer.k**2
+    if entries > MAX_HESSIAN_ENTRIES:
+        message = f"{layer.k} inputs per output: their Hessian takes {8 * entries / 2**30:.1f} GiB"
+        raise InputError(
+            f"layer {layer.name}", Problem("weight", message, "leave it out by a rule with exempt = true")
+        )
+    columns = column_permutation(layer.weight_shape, layer.settings.column_order).to(weight.device)
+    moments, wanted = Moments.zeros(layer, full=True), Moments.zeros(layer, full=False)
+    is_crossed = original is not model
+    cross = torch.zeros_like(moments.second) if is_crossed else None
+    squares = torch.zeros(layer.groups, layer.m, dtype=torch.float64, device=weight.device)
+    with ExitStack() as stack:
+        compressed_inputs = stack.enter_context(_held_inputs(step, layer.name, model))
+        original_inputs = (
+            stack.enter_context(_held_inputs(step, layer.name, original)) if is_crossed else None
+        )
+        for batch in batches:
+            found = compressed_inputs(batch)
+            aims = found if original_inputs is None else original_inputs(batch)
+            for (x, _), (z, _) in zip(found, aims, strict=True):
+                for part, aim in zip(in_chunks(layer.module, x), in_chunks(layer.module, z), strict=True):
+                    rows = part.transpose(0, 1).flatten(1, 2)
+                    moments.add_rows(rows)
+                    goal = aim.transpose(0, 1).flatten(1, 2) if is_crossed else rows
+                    wanted.first += goal.sum(dim=1)
+                    if cross is not None:
+                        cross += rows.mT @ goal
+                    if step.norm is not None:
+                        squares += (goal[:, :, columns] @ weight.float().mT).square().sum(dim=1)
+    count = max(moments.positions, 1)
+    products = (moments.second / count)[:, columns][:, :, columns]
+    if not bool(torch.isfinite(products).all()):
+        message = "the inputs that reach it are not finite"
+        raise InputError("calibration", Problem(layer.name, message, "check weights and calibration inputs"))
+    wanted_mean = wanted.first[:, columns] / count
+    variance = squares / count - (weight @ wanted_mean[:, :, None])[:, :, 0].square()
+    return _Observed(
+        products,
+        None if cross is None else (cross / count)[:, columns][:, :, columns],
+        moments.first[:, columns] / count,
+        wanted_mean,
+        variance,
+    )
+
+
+def _compress_layer(
+    step: _Step,
+    model: nn.Module,
+    original: nn.Module,
+    batches: Sequence[Tensor],
+    recipe: OneShotRecipe,
+) -> tuple[CompressedLayer, LayerError | None]:
+    """The integers of a layer; weight, bias and following normalisation of the model are changed to match."""
+    layer = step.layer
+    parameter = layer.module.get_parameter("weight")
+    weight = weight_to_matrix(parameter.detach(), layer.groups, layer.settings.column_order).double()
+    is_fitted = bool(step.uses) and recipe.method == "hessian"
+    start = projected(layer, weight)
+    if not is_fitted:
+        compressed = quantized(layer, start, None)
+        parameter.copy_(dequantize(compressed, layer.weight_shape))
+        return compressed, None
+    observed = _observe(step, model, original, batches, weight)
+    has_bias = layer.module._parameters.get("bias") is not None
+    takes_shift = recipe.refit_bias and (has_bias or step.norm is not None)
+    fitted = observed.centred() if takes_shift else observed
+    quadratic = Quadratic.of_products(fitted.products, fitted.cross, weight, recipe.damping)
+    solution = solve(layer, quadratic, recipe)
+    compressed = quantized(layer, solution.form, quadratic)
+    parameter.copy_(dequantize(compressed, layer.weight_shape))
+    final = weight_to_matrix(parameter.detach(), layer.groups, layer.settings.column_order).double()
+    _match_statistics(step, observed, weight, final, recipe)
+    energy = quadratic.loss(torch.zeros_like(final))
+    error = LayerError(
+        layer.name,
+        100 * quadratic.loss(start.matrix()) / energy if energy else 0.0,
+        100 * quadratic.loss(final) / energy if energy else 0.0,
+        solution.iterations,
+        solution.is_settled,
+    )
+    return compressed, error
+
+
+def _match_statistics(
+    step: _Step, observed: _Observed, weight: Tensor, final: Tensor, recipe: OneShotRecipe
+) -> None:
+    """Bias or normalisation make up for shifted means and, where asked for, changed variances of the outputs.
+
+    Both are changes relative to the original network on the same inputs, so that calibration inputs need not have the
+    statistics of the training.
+    """
+    wanted_mean, mean = (
+        (matrix @ columns[:, :, None]).flatten()
+        for matrix, columns in ((weight, observed.wanted_mean), (final, observed.mean))
+    )
+    bias, norm = step.layer.module._parameters.get("bias"), step.norm
+    if bias is not None:
+        wanted_mean, mean = wanted_mean + bias.double(), mean + bias.double()
+        if recipe.refit_bias:
+            bias.add_((wanted_mean - mean).to(bias))
+            mean = wanted_mean
+    if norm is None:
+        return
+    centre, variance, eps = norm.get_buffer("running_mean"), norm.get_buffer("running_var"), float(norm.eps)  # type: ignore[arg-type]
+    ratio = torch.ones_like(mean)
+    if recipe.refit_variance:
+        products = observed.mean[:, :, None] * observed.mean[:, None, :]
+        now = torch.einsum("gmk,gkl,gml->gm", final, observed.products - products, final).flatten()
+        wanted = observed.wanted_variance.flatten()
+        ratio = torch.where((wanted > 0) & (now > 0), now / wanted, 1.0).clamp(*VARIANCE_RATIOS)
+        variance.copy_(((variance.double() + eps) * ratio - eps).clamp(min=0.0))
+    if recipe.refit_bias:
+        # What comes out of the normalisation keeps its mean, whatever becomes of the spread.
+        centre.copy_(mean - (wanted_mean - centre.double()) * ratio.sqrt())
