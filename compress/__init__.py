@@ -31,6 +31,7 @@ _EXPORTS = {
     "coarsen_within": "compress.rate_distortion",
     "compress": "compress.fit",
     "compress_checkpoint": "compress.rebuild",
+    "compress_network": "compress.any_network",
     "dequantize": "compress.quantize",
     "diagonal_fisher": "compress.curvature",
     "diagonal_hessian": "compress.curvature",
@@ -47,6 +48,7 @@ _EXPORTS = {
     "project": "compress.projection",
     "quantize_activations": "compress.integer",
     "save_artifact": "compress.artifact",
+    "to_plain": "compress.plain",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -16,7 +16,7 @@ from compress.exported import exported_work, without_attention_kernel
 from hwsim.errors import HwsimError, InputError, Problem
 from hwsim.layer import LayerShape
 
-__all__ = ["evaluation_mode", "layer_shapes", "module_name"]
+__all__ = ["evaluation_mode", "layer_shapes", "matrix_work", "module_name"]
 
 REUSE_MARK = "#"
 """Between the name of a module and the number of its second and later use: ``"shared#2"``."""
@@ -83,6 +83,30 @@ def layer_shapes(
     >>> [(shape.m, shape.k, shape.n) for shape in layer_shapes(nn.Sequential(nn.Conv2d(3, 8, 3)), (3, 8, 8))]
     [(8, 27, 36)]
     """
+    shapes, missing = matrix_work(model, input_shape, batch, dtype=dtype, method=method)
+    if missing:
+        listed = ", ".join(f"{name} ({reason})" for name, reason in missing.items())
+        warnings.warn(
+            f"the work of these weights is not in the list of layers: {listed}", UserWarning, stacklevel=2
+        )
+    return shapes
+
+
+def matrix_work(
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    batch: int = 1,
+    *,
+    dtype: torch.dtype = torch.float32,
+    method: Literal["auto", "export", "hooks"] = "auto",
+) -> tuple[list[LayerShape], dict[str, str]]:
+    """What `layer_shapes` gives, and what it warns of: names of weights or modules, each with the reason.
+
+    Raises
+    ------
+    InputError
+        As `layer_shapes`.
+    """
     problems = [
         Problem(field, f"{value}, must be at least 1")
         for field, value in (
@@ -101,24 +125,20 @@ def layer_shapes(
         shapes, missing, is_complete = _by_hooks(model, names, size, dtype)
         if method == "export" or (method == "auto" and not is_complete):
             found = _by_export(model, names, size, dtype)
-            if found is not None:
+            if isinstance(found, str):
+                missing |= {"work on parameters past the modules": found}
+            else:
                 shapes, missing = found
-    if missing:
-        warnings.warn(
-            f"the work of these weights is not in the list of layers: {', '.join(missing)}",
-            UserWarning,
-            stacklevel=2,
-        )
     if not shapes:
         raise InputError(
             type(model).__name__, Problem("", "no Linear or Conv1d/2d/3d ran; there is nothing to list")
         )
-    return shapes
+    return shapes, missing
 
 
 def _by_hooks(
     model: nn.Module, names: dict[nn.Module, str], size: tuple[int, ...], dtype: torch.dtype
-) -> tuple[list[LayerShape], list[str], bool]:
+) -> tuple[list[LayerShape], dict[str, str], bool]:
     """``(shapes, work that is missing, whether that is all)`` as the modules of a forward pass show it."""
     shapes: list[LayerShape] = []
     uses: Counter[str] = Counter()
@@ -148,41 +168,33 @@ def _by_hooks(
             uses.clear()
             watch.inside = 0
             _forward_for_real(model, size, dtype, watch)
-    missing = [
-        f"{name or 'the network itself'} ({type(module).__name__})"
+    missing = {
+        name or "the network itself": type(module).__name__
         for name, module in model.named_modules()
         if module not in names
         and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
         and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-    ]
+    }
     is_complete = not missing and not watch.has_seen_work
-    return shapes, missing + _never_run(names, uses), is_complete
+    return shapes, missing | _never_run(names, uses), is_complete
 
 
-def _never_run(names: dict[nn.Module, str], uses: Counter[str]) -> list[str]:
-    return [f"{name} (never run as a module)" for name in names.values() if not uses[name]]
+def _never_run(names: dict[nn.Module, str], uses: Counter[str]) -> dict[str, str]:
+    return {name: "never run as a module" for name in names.values() if not uses[name]}
 
 
 def _by_export(
     model: nn.Module, names: dict[nn.Module, str], size: tuple[int, ...], dtype: torch.dtype
-) -> tuple[list[LayerShape], list[str]] | None:
-    """``(shapes, work that is missing)`` as the exported graph shows it; None where there is none."""
+) -> tuple[list[LayerShape], dict[str, str]] | str:
+    """``(shapes, work that is missing)`` as the exported graph shows it, or why there is none."""
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     try:
         work = exported_work(model, torch.zeros(size, dtype=dtype, device=device), names)
-    except HwsimError:
-        raise
     except Exception as error:  # whatever torch.export meets in a forward pass
-        warnings.warn(
-            f"torch.export cannot follow {type(model).__name__} ({type(error).__name__}: {_first_line(error)}); "
-            "work on parameters outside Linear and convolution modules is not seen",
-            UserWarning,
-            stacklevel=3,
-        )
-        return None
+        return f"torch.export cannot follow it: {type(error).__name__}: {_first_line(error)}"
     uses = Counter(module_name(shape.name) for shape in work.shapes)
-    missing = [f"{path} (in {operation})" for path, operation in work.other.items()]
-    return work.shapes, missing + _never_run(names, uses)
+    missing = {path: f"in {operation}" for path, operation in work.other.items()}
+    return work.shapes, missing | _never_run(names, uses)
 
 
 def _first_line(error: Exception) -> str:

@@ -52,7 +52,9 @@ def with_layers_for_calls(model: nn.Module) -> tuple[nn.Module, list[tuple[str, 
                 if hasattr(rewritten, child):
                     getattr(rewritten, child).train(original.training)
             model = replace_module(model, name, rewritten)
-            found.append((name, type(module).__name__, f"calls on a parameter as layers: {', '.join(layers)}"))
+            found.append(
+                (name, type(module).__name__, f"calls on a parameter as layers: {', '.join(layers)}")
+            )
     return model, found
 
 

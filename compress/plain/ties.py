@@ -73,9 +73,7 @@ def merge_ties(model: nn.Module) -> Iterator[tuple[str, str, str]]:
             yield name, "Embedding", f"a look-up in the weight of {holder_name}"
 
 
-def _merge_layers(
-    model: nn.Module, layers: list[tuple[str, nn.Module]]
-) -> Iterator[tuple[str, str, str]]:  # type: ignore[misc]
+def _merge_layers(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, str]]:  # type: ignore[misc]
     """All of them become uses of the first; where their biases differ, of the first without its bias."""
     name, first = layers[0]
     if len({id(module.bias) for _, module in layers}) == 1:
