@@ -272,7 +272,7 @@ _POOLS = (
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _SCALE_FREE_MODULES = (
     *(*_POOLS, *_DROPOUTS, nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU),
-    *(Interleave, Pad),
+    *(Interleave, Pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
 )
 _RESHAPING = "flatten view reshape squeeze unsqueeze permute transpose contiguous clone"
 _SCALE_FREE_METHODS = {*_RESHAPING.split(), "relu"}

@@ -62,7 +62,8 @@ def shapes_from_definitions() -> dict[str, list[dict[str, Any]]]:
     for name, entry in NETWORKS.items():
         with torch.device("meta"):
             model = entry.make(entry.num_classes)
-        found[name] = [asdict(shape) for shape in layer_shapes(model, entry.input_shape)]
+        shapes = layer_shapes(model, entry.input_shape, dtype=getattr(torch, entry.input_dtype))
+        found[name] = [asdict(shape) for shape in shapes]
     return found
 
 
