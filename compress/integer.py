@@ -256,7 +256,9 @@ class _Tracer(torch.fx.Tracer):
         self._leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_whole = module_qualified_name in self._leaves or isinstance(m, _WHOLE)
+        is_whole = (
+            module_qualified_name in self._leaves or isinstance(m, _WHOLE) or hasattr(m, "is_scale_free")
+        )
         return is_whole or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -355,7 +357,8 @@ class _Graph:
             return False
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
-            return isinstance(module, _SCALE_FREE_MODULES) and not getattr(module, "return_indices", False)
+            is_free = isinstance(module, _SCALE_FREE_MODULES) or getattr(module, "is_scale_free", False)
+            return is_free and not getattr(module, "return_indices", False)
         if node.op == "call_function":
             return node.target in _SCALE_FREE_FUNCTIONS
         return node.op == "call_method" and node.target in _SCALE_FREE_METHODS
