@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress.allocate import AllocationMethod, allocate
 from compress.artifact import Artifact
 from compress.fit import Batches, LossFunction, Progress, compress
 from compress.integer import quantize_activations, width_problems
@@ -30,6 +31,7 @@ def compress_network(
     train_data: Batches | tuple[torch.Tensor, torch.Tensor] | None = None,
     loss_fn: LossFunction = nn.functional.cross_entropy,
     network: str = "",
+    allocation: AllocationMethod | None = None,
     activation_bits: int = 8,
     accumulator_bits: int = 32,
     batch_size: int = 8,
@@ -53,6 +55,8 @@ def compress_network(
     loss_fn : callable
     network : str
         Name in the zoo; empty for a network of the user's own.
+    allocation : {"uniform", "erdos-renyi", "magnitude"}, optional
+        How the ratios are spread over the layers (`compress.allocate.allocate`).
     activation_bits, accumulator_bits : int
         Of the integer model.
     batch_size : int
@@ -94,6 +98,8 @@ def compress_network(
     if train_data is None:
         recipe = recipe.model_copy(update={"epochs_admm": 0, "epochs_retrain": 0})
     plan = plan_layers(lowered, config)
+    if allocation is not None:
+        plan = allocate(lowered, None, config, method=allocation)
     shapes, missing = matrix_work(lowered, tuple(inputs.shape[1:]), dtype=inputs.dtype)
     untreated = _untreated(plan, shapes, missing)
     nothing = [(inputs[:1], torch.zeros(1, dtype=torch.int64))]
@@ -125,6 +131,7 @@ def compress_network(
     trained = result.warnings if train_data is not None else ()
     how = {
         "config": config.model_dump(mode="json"),
+        **({"plan": plan.to_dict()} if plan.allocation is not None else {}),
         "training": recipe.model_dump(mode="json") if train_data is not None else None,
         "calibration_inputs": len(inputs),
         "input_dtype": str(inputs.dtype).removeprefix("torch."),

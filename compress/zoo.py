@@ -50,9 +50,8 @@ class Network:
     make: Callable[[int], nn.Module]
     input_dtype: str = "float32"
 
-    def random_inputs(self, count: int, seed: int) -> torch.Tensor:
-        """Inputs of the right shape: normally distributed, or indices of the first thousand."""
-        generator = torch.Generator().manual_seed(seed)
+    def random_inputs(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Inputs of the right shape: normally distributed, or indices below a thousand."""
         if self.input_dtype == "int64":
             return torch.randint(1, 1000, (count, *self.input_shape), generator=generator)
         return torch.randn(count, *self.input_shape, generator=generator)

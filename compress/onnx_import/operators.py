@@ -222,6 +222,28 @@ def _layer_norm(
     return functional.layer_norm(x, x.shape[axis % x.dim() :], scale, bias, epsilon)
 
 
+def _softmax(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def apply(x: Tensor, axis: int = -1, is_flat: bool = False) -> Tensor:
+        if not is_flat:
+            return function(x, axis)
+        axis %= x.dim()
+        return function(x.flatten(axis), axis).reshape(x.shape)
+
+    return apply
+
+
+def _batch_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float = 1e-5,
+    **_: object,
+) -> Tensor:
+    return functional.batch_norm(x, mean, variance, scale, shift, False, 0.0, epsilon)
+
+
 def _tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Of two operands, of which one may be a constant."""
 
@@ -272,8 +294,9 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "LeakyRelu": lambda x, alpha=0.01: functional.leaky_relu(x, alpha),
     "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x),
     "Gelu": lambda x, approximate="none": functional.gelu(x, approximate=approximate),
-    "Softmax": lambda x, axis=-1: functional.softmax(x, axis),
-    "LogSoftmax": lambda x, axis=-1: functional.log_softmax(x, axis),
+    "Softmax": _softmax(functional.softmax),
+    "LogSoftmax": _softmax(functional.log_softmax),
+    "BatchNormalization": _batch_norm,
     "Clip": _clip,
     "Cast": lambda x, to, **_: x.to(dtype_of(to)),
     "Shape": _shape,

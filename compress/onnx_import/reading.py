@@ -482,15 +482,17 @@ def _add(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> 
     return None
 
 
-def _batch_norm(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node:
+def _batch_norm(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
+    """A module where a layer shows how many dimensions there are; else an operator for any number."""
     values = [reader.constant(name) for name in node.input[1:5]]
     if attributes.get("training_mode", 0) or any(value is None for value in values):
         raise _Unsupported("is in training mode, or has parameters that are computed")
     scale, shift, mean, variance = (np.array(value, np.float32) for value in values)
     source = reader.source_node(node)
     before = reader.of_layer.get(source)
-    rank = before.weight.dim() if before is not None and hasattr(before, "weight") else 4  # type: ignore[union-attr,operator]
-    norm = _NORMS[rank](len(scale), eps=attributes.get("epsilon", 1e-5))
+    if not isinstance(before, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return None
+    norm = _NORMS[before.weight.dim()](len(scale), eps=attributes.get("epsilon", 1e-5))
     norm.weight, norm.bias = _parameter(scale), _parameter(shift)
     norm.running_mean, norm.running_var = torch.from_numpy(mean), torch.from_numpy(variance)
     name = reader.layer_name(node, node.input[1], index)
@@ -539,10 +541,9 @@ def _pool(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) ->
 
 
 def _softmax(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """Before opset 13 the default axis is 1, and the axes behind it are taken together: refused unless it is the last."""
-    opset = max(one.version for one in reader.proto.opset_import if one.domain in ("", "ai.onnx"))
-    if opset < 13:
-        attributes.setdefault("axis", 1)
+    """Before opset 13 the axes from the given one on are taken together, and the default is the second."""
+    if max(one.version for one in reader.proto.opset_import if one.domain in ("", "ai.onnx")) < 13:
+        attributes |= {"axis": attributes.get("axis", 1), "is_flat": True}
     return None
 
 
