@@ -133,7 +133,7 @@ def compress_untrained(
     weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
     float_bytes = 4 * (weights + sum(values.size for values in artifact.state.values()))
     click.echo(
-        f"network   {model}: {len(artifact.compressed)} layers with {weights:,} weights compressed, in one shot"
+        f"network   {Path(model).name}: {len(artifact.compressed)} layers with {weights:,} weights compressed, in one shot"
     )
     for text in notes.get("weights", []):
         click.echo(f"          {text}")

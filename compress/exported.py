@@ -20,7 +20,7 @@ __all__ = ["ExportedWork", "exported_work", "without_attention_kernel"]
 
 _aten = torch.ops.aten
 _LINEAR = (_aten.linear.default,)
-_CONVOLUTIONS = {
+_CONVOLUTIONS: dict[Any, int] = {
     _aten.conv1d.default: 1,
     _aten.conv2d.default: 2,
     _aten.conv3d.default: 3,
@@ -31,14 +31,15 @@ _CONVOLUTIONS = {
 _PRODUCTS = {_aten.matmul.default: (0, 1), _aten.mm.default: (0, 1), _aten.addmm.default: (1, 2)}
 """Which arguments of a product are its two sides."""
 
-_VIEWS = (
-    "alias chunk clone contiguous detach expand getitem narrow numpy_T permute reshape select slice split split_with_sizes squeeze "
-    "t to transpose unbind unflatten unsqueeze view"
-).split()
-_WITHOUT_PRODUCTS = (
-    "add batch_norm cat div embedding embedding_bag gather group_norm index index_select layer_norm mul prelu rms_norm stack "
-    "sub sum mean where"
-).split()
+_VIEWS = {
+    *("alias", "chunk", "clone", "contiguous", "detach", "expand", "getitem", "narrow", "numpy_T", "permute"),
+    *("reshape", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "to", "transpose", "unbind"),
+    *("unflatten", "unsqueeze", "view"),
+}
+_WITHOUT_PRODUCTS = {
+    *("add", "batch_norm", "cat", "div", "embedding", "embedding_bag", "gather", "group_norm", "index"),
+    *("index_select", "layer_norm", "mul", "prelu", "rms_norm", "stack", "sub", "sum", "mean", "where"),
+}
 """Operations on parameters of two or more dimensions that are no matrix work."""
 
 
@@ -112,7 +113,7 @@ class _Reader:
         }
         self.holders = {
             id(module.get_parameter("weight")): name
-            for module, name in reversed(layers.items())
+            for module, name in reversed(list(layers.items()))
             if "weight" in module._parameters and module._parameters["weight"] is not None
         }
 
@@ -148,7 +149,7 @@ class _Reader:
 
     def _unlisted(self, node: torch.fx.Node) -> Iterator[str]:
         """Matrices that an operation reads which is neither a layer nor free of products."""
-        if _operation(node) in (*_VIEWS, *_WITHOUT_PRODUCTS):
+        if _operation(node) in _VIEWS | _WITHOUT_PRODUCTS:
             return
         for source in node.all_input_nodes:
             parameter = self._parameter(source)
@@ -209,7 +210,7 @@ def _convolution(
     name: str, node: torch.fx.Node, size: tuple[int, ...], weight: tuple[int, ...]
 ) -> LayerShape:
     rank = _CONVOLUTIONS[node.target]
-    arguments = dict(
+    arguments: dict[str, Any] = dict(
         zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), node.args, strict=False)
     )
     arguments |= node.kwargs

@@ -229,7 +229,7 @@ _WITHOUT_WORK = {
     torch.Tensor.__mul__,
     torch.Tensor.size,
     torch.Tensor.dim,
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.shape.__get__,
     torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
     torch.Tensor.device.__get__,  # type: ignore[attr-defined]
 }
@@ -270,7 +270,7 @@ def _stand_ins(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     made: dict[int, torch.Tensor] = {}
     try:
         for module in model.modules():
-            for table in (module._parameters, module._buffers):
+            for table in _tables(module):
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
@@ -284,6 +284,10 @@ def _stand_ins(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     finally:
         for table, name, tensor in kept:
             table[name] = tensor
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return module._parameters, module._buffers
 
 
 def _forward_for_real(

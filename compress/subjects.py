@@ -1,4 +1,4 @@
-"""What a command is asked about: a compressed file, a network of the zoo, an ONNX file, or the report of either, with its machine.
+"""What a command is asked about: a compressed file, a network of the zoo, an ONNX file, or a report, with its machine.
 
 The origin of a subject goes into its report, so that `hwsim explain` can build the layers anew and `hwsim diff` can say what
 differs.

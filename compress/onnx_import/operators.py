@@ -1,4 +1,7 @@
-"""What ONNX operators without weights compute, on torch tensors. Shapes travel as tensors on the CPU, also on torch's meta device."""
+"""What ONNX operators without weights compute, on torch tensors.
+
+Shapes travel as tensors on the CPU, also where the network runs on torch's meta device.
+"""
 
 from __future__ import annotations
 
@@ -181,7 +184,7 @@ def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reduce
 
 
-def _clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:  # noqa: A002  the names are ONNX's
+def _clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     low = None if min is None else float(min)
     return x.clamp(low, None if max is None else float(max))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,19 +15,25 @@ import numpy as np
 import torch
 import torch.fx
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from compress.onnx_import.operators import OPERATORS, Operator, SamePad, dtype_of
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 
 __all__ = ["ImportedNetwork", "import_onnx"]
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_MAX_POOLS = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_MEAN_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_ZERO_PADS = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
-_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+_MEAN_POOLS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+_ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
+_NORMS: dict[int, Any] = {
+    1: nn.BatchNorm1d,
+    2: nn.BatchNorm1d,
+    3: nn.BatchNorm1d,
+    4: nn.BatchNorm2d,
+    5: nn.BatchNorm3d,
+}
 
 FIRST_OPSET, LAST_OPSET = 7, 24
 """Of ONNX's default domain; within it the operators here mean the same, but for where they take their axes from."""
@@ -244,8 +251,9 @@ class _Reader:
         module = Operator(kind, places, constants, attributes)
         result = self.call(self._free(f"{kind.lower()}_{index}"), module, *sources)
         if kind == "Split":
-            with_index = torch.fx.Proxy(result)
-            return [with_index[part].node for part in range(len(node.output))]
+            return [
+                self.graph.call_function(operator.getitem, (result, part)) for part in range(len(node.output))
+            ]
         return result
 
     def call(self, name: str, module: nn.Module, *sources: torch.fx.Node) -> torch.fx.Node:
@@ -266,8 +274,7 @@ class _Reader:
     ) -> torch.fx.Node:
         """A node that runs a layer; layers of the same weights and settings are one module."""
         if key in self.layers:
-            node = self.graph.call_module(self.layers[key], (source,))
-            return node
+            return self.graph.call_module(self.layers[key], (source,))
         self.layers[key] = self._free(name)
         return self.call(self.layers[key], make(), source)
 
@@ -336,7 +343,7 @@ def _parameter(value: NDArray) -> nn.Parameter:
 
 def _set(layer: nn.Module, weight: NDArray, bias: NDArray | None) -> nn.Module:
     layer.weight = _parameter(weight)
-    layer.bias = None if bias is None else _parameter(bias.reshape(-1))
+    layer.register_parameter("bias", None if bias is None else _parameter(bias.reshape(-1)))
     return layer
 
 

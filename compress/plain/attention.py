@@ -34,8 +34,8 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = q, k, v, out
         self.embed_dim, self.num_heads, self.dropout = q.out_features, heads, dropout
         self.batch_first, self.add_zero_attn = batch_first, False
-        self.bias_k: nn.Parameter | None = None
-        self.bias_v: nn.Parameter | None = None
+        self.bias_k: Tensor | None = None
+        self.bias_v: Tensor | None = None
 
     @classmethod
     def of(cls, module: nn.MultiheadAttention) -> Self:
@@ -74,10 +74,9 @@ class Attention(nn.Module):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        heads = [self._heads(tensor) for tensor in (self.q(query), *self._extended(key, value))]
-        extra = heads[1].shape[2] - key.shape[1]
-        mask = self._mask(attn_mask, key_padding_mask, extra, heads[0])
-        mixed, weights = self._attend(*heads, mask, need_weights)
+        q, k, v = (self._heads(tensor) for tensor in (self.q(query), *self._extended(key, value)))
+        mask = self._mask(attn_mask, key_padding_mask, k.shape[2] - key.shape[1], q)
+        mixed, weights = self._attend(q, k, v, mask, need_weights)
         result = self.out(mixed.transpose(1, 2).flatten(2))
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from hwsim.errors import InputError, Problem
 
 __all__ = ["Interleave", "Pad", "PaddedConvolution", "SubPixelConvolution"]
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Ordinary = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -53,8 +53,8 @@ class SubPixelConvolution(nn.Module):
     """Takes the place of a transposed convolution: an ordinary one whose outputs are interleaved.
 
     Output ``o`` of a transposed convolution of stride ``s`` reads the taps ``t`` with ``o + padding = s·i + t``: which of them
-    depends on ``o mod s`` only. So it is ``s`` ordinary convolutions on the same input, the phases, each with every ``s``-th tap;
-    their outputs alternate. They are the channels of one convolution ``conv`` with ``s`` times as many outputs.
+    depends on ``o mod s`` only. So it is ``s`` ordinary convolutions on the same input, the phases, each with every ``s``-th
+    tap; their outputs alternate. They are the channels of one convolution ``conv`` with ``s`` times as many outputs.
 
     Source: Shi et al., "Is the deconvolution layer the same as a convolutional layer?", arXiv 1609.07009.
     """
@@ -158,7 +158,7 @@ class PaddedConvolution(nn.Module):
     def of(cls, module: Ordinary) -> Self:
         """The same function as a module of torch's."""
         with torch.device("meta"):
-            conv = type(module)(
+            conv = _CONVOLUTIONS[len(module.kernel_size)](
                 module.in_channels,
                 module.out_channels,
                 module.kernel_size,

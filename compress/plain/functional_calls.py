@@ -154,7 +154,8 @@ def _layer_call(
 
     def build() -> nn.Module:
         layer = make(weight)
-        layer.weight, layer.bias = weight, bias
+        layer.weight = weight
+        layer.register_parameter("bias", bias)
         return layer
 
     return source, build, (arguments["weight"].target, str(arguments.get("bias")), *settings)
@@ -183,7 +184,9 @@ def _product(
         return layer
 
     read = right if turned is None else turned
-    return source, build, (read.target, "product", turned is None)  # type: ignore[union-attr]
+    if not isinstance(source, torch.fx.Node) or not isinstance(read, torch.fx.Node):
+        return None
+    return source, build, (read.target, "product", turned is None)
 
 
 def _turned(node: object) -> torch.fx.Node | None:
@@ -193,7 +196,8 @@ def _turned(node: object) -> torch.fx.Node | None:
     matrix = node.args[0]
     if node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT")):
         return matrix
-    swaps = node.target in ("transpose", torch.transpose) and sorted(node.args[1:]) in ([0, 1], [-2, -1])
+    axes = set(node.args[1:]) if node.target in ("transpose", torch.transpose) else set()
+    swaps = axes in ({0, 1}, {-2, -1})
     return matrix if swaps else None
 
 

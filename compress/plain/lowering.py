@@ -115,11 +115,11 @@ def _replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, Change]]:
                 became = "q, k, v and out as Linears"
             elif type(module) in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
                 if is_new:
-                    made[id(module)] = SubPixelConvolution.of(module)  # type: ignore[arg-type]
+                    made[id(module)] = SubPixelConvolution.of(module)
                 became = _of_transposed(module, made[id(module)])
             elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and module.padding_mode != "zeros":
                 if is_new:
-                    made[id(module)] = PaddedConvolution.of(module)  # type: ignore[arg-type]
+                    made[id(module)] = PaddedConvolution.of(module)
                 became = f"padding ({module.padding_mode}) outside the array, and a convolution without any"
         if became:
             made[id(module)].train(module.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -69,11 +69,13 @@ def merge_ties(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         if len(layers) > 1:
             holder_name, holder = yield from _merge_layers(model, layers)
         for name, embedding in embeddings:
-            _put(model, embedding, TiedEmbedding(holder, embedding))  # type: ignore[arg-type]
+            _put(model, embedding, TiedEmbedding(holder, embedding))
             yield name, "Embedding", f"a look-up in the weight of {holder_name}"
 
 
-def _merge_layers(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, str]]:  # type: ignore[misc]
+def _merge_layers(
+    model: nn.Module, layers: list[tuple[str, nn.Module]]
+) -> Generator[tuple[str, str, str], None, tuple[str, nn.Module]]:
     """All of them become uses of the first; where their biases differ, of the first without its bias."""
     name, first = layers[0]
     if len({id(module.bias) for _, module in layers}) == 1:
@@ -83,9 +85,9 @@ def _merge_layers(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> Iter
         return name, first
     biases = [module.bias for _, module in layers]
     rank = first.get_parameter("weight").dim() - 2
-    first.bias = None
+    first.register_parameter("bias", None)
     for (other, module), bias in zip(layers, biases, strict=True):
-        _put(model, module, Biased(first, bias, max(rank, 0)))  # type: ignore[arg-type]
+        _put(model, module, Biased(first, bias, max(rank, 0)))
         yield other, type(module).__name__, f"a use of {name}.core, and a bias of its own"
     return f"{name}.core", first
 

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0.
 
-Source: TensorFlow's `efficientnet/lite` (2020): EfficientNet-B0 (Tan and Le, ICML 2019, table 1) without squeeze-and-excitation,
-with ReLU6, stem and head of fixed width.
+Source: TensorFlow's `efficientnet/lite` (2020): EfficientNet-B0 (Tan and Le, ICML 2019, table 1) without
+squeeze-and-excitation, with ReLU6, stem and head of fixed width.
 """
 
 from __future__ import annotations

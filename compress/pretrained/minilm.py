@@ -1,6 +1,7 @@
 """MiniLM-L6, a sentence transformer: a BERT encoder of six layers and the mean over its tokens; and its tokenizer.
 
-Source: Devlin et al., "BERT", NAACL 2019; Wang et al., "MiniLM", NeurIPS 2020; Reimers and Gurevych, "Sentence-BERT", EMNLP 2019.
+Source: Devlin et al., "BERT", NAACL 2019; Wang et al., "MiniLM", NeurIPS 2020; Reimers and
+Gurevych, "Sentence-BERT", EMNLP 2019.
 """
 
 from __future__ import annotations
