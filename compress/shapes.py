@@ -229,9 +229,7 @@ _WITHOUT_WORK = {
     torch.Tensor.__mul__,
     torch.Tensor.size,
     torch.Tensor.dim,
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+    *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")),
 }
 """What may be done with a matrix without its being matrix work; anything else is a reason to look at the exported graph."""
 

@@ -83,7 +83,7 @@ def _merge_layers(
             _put(model, module, first)
             yield other, type(module).__name__, f"another use of {name}"
         return name, first
-    biases = [module.bias for _, module in layers]
+    biases = [module._parameters["bias"] for _, module in layers]
     rank = first.get_parameter("weight").dim() - 2
     first.register_parameter("bias", None)
     for (other, module), bias in zip(layers, biases, strict=True):
