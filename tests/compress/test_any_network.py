@@ -267,3 +267,15 @@ def test_a_network_that_cannot_be_exported_is_listed_by_hooks() -> None:
     with pytest.warns(UserWarning, match="torch.export cannot follow it"):
         (shape,) = layer_shapes(Reads(), (3,))
     assert shape.name == "fc"
+
+
+def test_the_example_in_the_docs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "networks.md").read_text("utf-8")
+    code, expected = text.split("```python\n")[1].split("```")[0], text.split("```text\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "networks.md", "exec"), {"__name__": "example"})
+    printed = capsys.readouterr().out
+    assert printed.startswith(expected)
+    assert printed.strip().endswith("cycles")

@@ -28,7 +28,7 @@ def loaded(name: str) -> Pretrained:
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "mobilenetv2"])
 @torch.no_grad()
 def test_photographs_are_recognised(name: str) -> None:
-    """scikit-learn's two: a temple in China is a palace (ImageNet's class 698); a dahlia is no class, a flower or a near one."""
+    """scikit-learn's two: a temple in China is a palace (ImageNet's class 698); a dahlia is no class, but near a daisy."""
     datasets = pytest.importorskip("sklearn.datasets")
     network = loaded(name)
     images = [datasets.load_sample_image(file) for file in ("china.jpg", "flower.jpg")]
@@ -52,7 +52,7 @@ def test_sentences_are_as_near_as_published() -> None:
     torch.testing.assert_close(longer, vectors, atol=1e-5, rtol=0)  # padding changes nothing
 
 
-@pytest.mark.parametrize("name", ["crepe-tiny", "crepe-full"])
+@pytest.mark.parametrize("name", ["crepe-tiny", pytest.param("crepe-full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("pitch", [110.0, 440.0, 1000.0])
 @torch.no_grad()
 def test_the_pitch_of_a_tone_is_heard(name: str, pitch: float) -> None:
