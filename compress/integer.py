@@ -3,8 +3,8 @@
 Array layers (the compressed Linear and convolution modules) work on integers: activations are signed two's complement with
 one scale per tensor and zero-point 0, sums are exact, and the requantiser carries out bias, batch normalisation and ReLU on
 the way to the next integer. Normalisation is never folded into the weights: one factor per output channel would break the
-shared magnitudes. Pooling by maximum, reshaping, padding and ReLU act on the integers themselves. Everything else (residual additions,
-average pooling, activation functions other than ReLU) runs outside the array, in float on dequantised values.
+shared magnitudes. Pooling by maximum, reshaping, padding and ReLU act on the integers themselves. Everything else (residual
+additions, average pooling, activation functions other than ReLU) runs outside the array, in float on dequantised values.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_attention_is_torchs(flags: tuple[bool, ...]) -> None:
             torch.testing.assert_close(found[1], expected[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.filterwarnings("ignore:.*nested.tensor")
 def test_transformers_of_torch_run_their_layers() -> None:
     """Also with a padding mask, for which torch's encoder would hand weights to a kernel of its own."""
     torch.manual_seed(0)
