@@ -33,6 +33,7 @@ _EXPORTS = {
     "coarsen_within": "compress.rate_distortion",
     "compress": "compress.fit",
     "compress_checkpoint": "compress.rebuild",
+    "compress_network": "compress.any_network",
     "compress_within": "compress.file_budget",
     "dequantize": "compress.quantize",
     "diagonal_fisher": "compress.curvature",
@@ -50,6 +51,7 @@ _EXPORTS = {
     "project": "compress.projection",
     "quantize_activations": "compress.integer",
     "save_artifact": "compress.artifact",
+    "to_plain": "compress.plain",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -213,6 +213,15 @@ def train(
 )
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(
+    "--inputs",
+    type=click.Path(path_type=Path),
+    help="Of a network without training data: calibration inputs, an array of numpy [inputs, …] as the network gets them.",
+)
+@click.option(
+    "--input-shape",
+    help="Of a network without training data: of one input, where an ONNX file leaves it open, as 3x48x320.",
+)
+@click.option(
     "--calibration-images",
     default=512,
     show_default=True,
@@ -235,12 +244,16 @@ def compress(
     device: str,
     one_shot: bool,
     activation_bits: int,
+    inputs: Path | None,
+    input_shape: str | None,
     calibration_images: int,
     seed: int,
     out: Path | None,
     **settings: Any,
 ) -> None:
     """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers. Or in one shot.
+
+    An ONNX file, or a network whose weights a package brings (`hwsim models`), is projected in one shot, without training.
 
     First and last layer stay dense unless --all-layers or a rule of --config says otherwise. The file holds the integers,
     how they were made, and the accuracy of the float network and of the 8-bit machine.
@@ -250,6 +263,7 @@ def compress(
     from compress.artifact import save_artifact
     from compress.budget import as_budget
     from compress.cli_hardware import parse_block
+    from compress.cli_networks import compress_untrained, is_untrained, parse_shape
     from compress.container import check_writable
     from compress.file_budget import compress_within
     from compress.one_shot import OneShotRecipe
@@ -263,6 +277,22 @@ def compress(
     if max_loss is not None and preset is None:
         raise InputError("options", Problem("max_loss", "needs a preset", "add --preset small"))
     where = choose_device(device)
+    if is_untrained(str(model)):
+        _check_untrained(settings, budget, blocks, max_loss, checkpoint, allocation)
+        shape = {"block": parse_block(blocks[0])} if blocks else {}
+        plan, _ = _settings(config, {**settings, **shape, "seed": seed})
+        compress_untrained(
+            str(model),
+            plan,
+            out,
+            inputs=inputs,
+            input_shape=parse_shape(input_shape),
+            allocation=allocation,
+            activation_bits=activation_bits,
+            preset=preset,
+            seed=seed,
+        )
+        return
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
     _check_choices(budget, len(shapes), one_shot, settings)
@@ -328,6 +358,35 @@ def compress(
         f"written   {path} ({size_bytes:,} bytes: {8 * size_bytes / weights:.2f} bits per weight, "
         f"{4 * weights / size_bytes:.1f} times smaller than fp32)"
     )
+
+
+def _check_untrained(
+    settings: dict[str, Any],
+    budget: str | None,
+    blocks: tuple[str, ...],
+    max_loss: float | None,
+    checkpoint: Path | None,
+    allocation: str | None,
+) -> None:
+    """Options that need training data or labels."""
+    from compress.rules import Recipe
+    from hwsim.errors import InputError, Problem
+
+    given = {name: settings[name] for name in Recipe.model_fields if settings.get(name) is not None}
+    given |= {"budget": budget, "max_loss": max_loss, "checkpoint": checkpoint}
+    given |= {"block": True if len(blocks) > 1 else None}
+    given |= {"allocation": allocation if allocation in ("fisher", "hessian") else None}
+    problems = [
+        Problem(
+            f"--{name.replace('_', '-')}",
+            "does not apply to a network that is projected in one shot",
+            "leave it out",
+        )
+        for name, value in given.items()
+        if value is not None
+    ]
+    if problems:
+        raise InputError("options", problems)
 
 
 TRAINING_OPTIONS = (

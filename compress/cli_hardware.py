@@ -60,6 +60,7 @@ def map_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--all-layers", is_flag=True, help="Random map: compress the first and the last layer too."
         ),
         click.option("--seed", default=0, show_default=True, help="Random map: seed."),
+        click.option("--input-shape", help="Of one input, where an ONNX file leaves it open, as 3x48x320."),
         click.option(
             "--batch", default=1, show_default=True, type=click.IntRange(1), help="Inputs at a time."
         ),
@@ -69,11 +70,20 @@ def map_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def random_map(block: str | None, pruned: float, unified: float, all_layers: bool, seed: int) -> RandomMap:
+def random_map(
+    block: str | None,
+    pruned: float,
+    unified: float,
+    all_layers: bool,
+    seed: int,
+    input_shape: str | None = None,
+) -> RandomMap:
     """What the options of `map_options` say of random maps."""
+    from compress.cli_networks import parse_shape
     from compress.subjects import RandomMap
 
-    return RandomMap(parse_block(block) if block else None, pruned, unified, all_layers, seed)
+    shape = parse_block(block) if block else None
+    return RandomMap(shape, pruned, unified, all_layers, seed, parse_shape(input_shape))
 
 
 @click.command(epilog="Example: hwsim simulate resnet18 --pruned 0.5 --unified 0.5 --machine msa-16x16")
@@ -90,8 +100,8 @@ def simulate(
 ) -> None:
     """Cycles, traffic, energy, storage and area of MODEL on a machine, per layer.
 
-    MODEL is a compressed model file, whose blocks are simulated as they are, or the name of a network of the zoo, whose
-    layers get seeded random block maps of the ratios given (time and bytes depend on the map, not on the weights).
+    MODEL is a compressed model file, whose blocks are simulated as they are, or the name of a network of the zoo or an ONNX
+    file, whose layers get seeded random block maps of the ratios given (time and bytes depend on the map, not on the weights).
     """
     import json
 
@@ -157,6 +167,7 @@ def write_tables(result: Any, names: Sequence[str], folder: Path) -> None:
 @click.option(
     "--seed", default=0, show_default=True, help="Of the random block maps (byte padding depends on them)."
 )
+@click.option("--input-shape", help="Of one input, where an ONNX file leaves it open, as 3x48x320.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per row.")
 def storage(
     network: str,
@@ -165,21 +176,23 @@ def storage(
     machine: str,
     all_layers: bool,
     seed: int,
+    input_shape: str | None,
     as_json: bool,
 ) -> None:
-    """Bytes of the memory image and bits per weight of a network, without training.
+    """Bytes of the memory image and bits per weight of a network of the zoo or an ONNX file, without training.
 
     Sizes are those of the image of a seeded random block map of exactly these ratios.
     """
     import json
 
-    from compress.zoo_shapes import zoo_shapes
+    from compress.cli_networks import parse_shape
+    from compress.subjects import network_shapes
     from hwsim.machine import load_machine
     from hwsim.tables import format_table
 
     base = load_machine(machine)
     rows = []
-    shapes = zoo_shapes(network)
+    shapes = network_shapes(network, input_shape=parse_shape(input_shape))
     for block_text in blocks:
         block = parse_block(block_text)
         fitted = base.with_fields({"array.block": list(block)})

@@ -3,8 +3,8 @@
 Array layers (the compressed Linear and convolution modules) work on integers: activations are signed two's complement with
 one scale per tensor and zero-point 0, sums are exact, and the requantiser carries out bias, batch normalisation and ReLU on
 the way to the next integer. Normalisation is never folded into the weights: one factor per output channel would break the
-shared magnitudes. Pooling by maximum, reshaping and ReLU act on the integers themselves. Everything else (residual additions,
-average pooling, activation functions other than ReLU) runs outside the array, in float on dequantised values.
+shared magnitudes. Pooling by maximum, reshaping, padding and ReLU act on the integers themselves. Everything else (residual
+additions, average pooling, activation functions other than ReLU) runs outside the array, in float on dequantised values.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch.nn import functional
 
 from compress.artifact import MAX_SHIFT, Activations, integer_weight
 from compress.layers import CompressedLayer
+from compress.plain.convolution import Interleave, Pad
+from compress.plain.ties import TiedEmbedding
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.layer import Requantizer, accumulator_bits_needed
 
@@ -164,6 +166,32 @@ class _IntegerLayer(nn.Module):
         return outputs
 
 
+class _Wrapped(nn.Module):
+    """An array layer among floats. Whoever reads its weight or bias gets those of the float network."""
+
+    def __init__(
+        self, module: nn.Module, quantize: _Quantize, layer: _IntegerLayer, dequantize: _Dequantize
+    ) -> None:
+        super().__init__()
+        self._float = (module,)  # in a tuple, so that it is no child
+        self.steps = nn.Sequential(quantize, layer, dequantize)
+
+    @property
+    def original(self) -> nn.Module:
+        return self._float[0]
+
+    @property
+    def weight(self) -> object:
+        return self.original.weight
+
+    @property
+    def bias(self) -> object:
+        return self.original.bias
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.steps(values)
+
+
 def _integers(values: Tensor) -> NDArray[np.int64]:
     return values.detach().cpu().numpy().astype(np.int64)
 
@@ -217,15 +245,21 @@ class _Surroundings:
     feeds_output: bool = True
 
 
+_WHOLE = (Interleave, Pad, TiedEmbedding)
+
+
 class _Tracer(torch.fx.Tracer):
-    """Compressed modules stay whole even where they are subclasses of torch's."""
+    """Compressed modules stay whole even where they are subclasses of torch's, and so do those that to_plain puts in."""
 
     def __init__(self, leaves: set[str]) -> None:
         super().__init__()
         self._leaves = leaves
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self._leaves or super().is_leaf_module(m, module_qualified_name)
+        is_whole = (
+            module_qualified_name in self._leaves or isinstance(m, _WHOLE) or hasattr(m, "is_scale_free")
+        )
+        return is_whole or super().is_leaf_module(m, module_qualified_name)
 
 
 # Operations that commute with a positive scale, so that they may act on the integers.
@@ -238,7 +272,10 @@ _POOLS = (
     nn.AdaptiveMaxPool3d,
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_SCALE_FREE_MODULES = (*_POOLS, *_DROPOUTS, nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU)
+_SCALE_FREE_MODULES = (
+    *(*_POOLS, *_DROPOUTS, nn.Flatten, nn.Unflatten, nn.Identity, nn.ReLU),
+    *(Interleave, Pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
+)
 _RESHAPING = "flatten view reshape squeeze unsqueeze permute transpose contiguous clone"
 _SCALE_FREE_METHODS = {*_RESHAPING.split(), "relu"}
 _SCALE_FREE_FUNCTIONS = {
@@ -320,7 +357,8 @@ class _Graph:
             return False
         if node.op == "call_module":
             module = self.module.get_submodule(str(node.target))
-            return isinstance(module, _SCALE_FREE_MODULES) and not getattr(module, "return_indices", False)
+            is_free = isinstance(module, _SCALE_FREE_MODULES) or getattr(module, "is_scale_free", False)
+            return is_free and not getattr(module, "return_indices", False)
         if node.op == "call_function":
             return node.target in _SCALE_FREE_FUNCTIONS
         return node.op == "call_method" and node.target in _SCALE_FREE_METHODS
@@ -524,6 +562,9 @@ def _float64(values: object, count: int, default: float) -> NDArray[np.float64]:
     return np.full(count, default)
 
 
+_INPUT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
+
+
 def width_problems(activation_bits: int, accumulator_bits: int) -> list[Problem]:
     """Widths of number formats that no machine has."""
     return [
@@ -546,10 +587,9 @@ def _check_calibration(
     problems = width_problems(activation_bits, accumulator_bits)
     if len(images) == 0:
         problems.append(Problem("images", "none; calibration needs at least one"))
-    elif not images.is_floating_point() or not images.isfinite().all():
-        problems.append(
-            Problem("images", f"{images.dtype}, must be finite floats, normalised as for training")
-        )
+    elif images.dtype not in _INPUT_TYPES or not images.isfinite().all():
+        message = f"{images.dtype}, must be finite floats, normalised as for training, or indices as int64"
+        problems.append(Problem("images", message))
     problems += _weight_problems(model, layers)
     if problems:
         raise InputError("integer model", problems)
@@ -707,7 +747,14 @@ class IntegerModel:
         for name, layer in self._array.items():
             around = self.activations[name]
             quantize = _Quantize(around.input_scale, self.activation_bits)
-            model.set_submodule(name, nn.Sequential(quantize, layer, _Dequantize(around.output_scale)))
+            dequantize = _Dequantize(around.output_scale)
+            wrapped = _Wrapped(model.get_submodule(name), quantize, layer, dequantize)
+            for place in [
+                path
+                for path, found in model.named_modules(remove_duplicate=False)
+                if found is wrapped.original
+            ]:
+                model.set_submodule(place, wrapped)
         self.float_operations = ("everything but the array layers",)
         return model
 
@@ -753,10 +800,17 @@ def _trace(model: nn.Module, names: set[str]) -> tuple[_Graph | None, tuple[str,
         graph = _Graph(model, names)
     except Exception as error:  # whatever the user's forward does to a symbolic tensor
         return None, (f"no fusion: torch.fx cannot trace the network ({type(error).__name__}: {error})",)
+    read = sorted({name for name in names for node in graph.module.graph.nodes if _reads_weight(node, name)})
+    if read:
+        return None, (f"no fusion: the weights of {', '.join(read)} are read outside their modules, too",)
     unseen = sorted(names - set(graph.nodes.values()))
     if unseen:
         return None, (f"no fusion: {', '.join(unseen)} do not show in the traced graph",)
     return graph, ()
+
+
+def _reads_weight(node: torch.fx.Node, name: str) -> bool:
+    return node.op == "get_attr" and str(node.target).rpartition(".")[0] == name
 
 
 def _check_surroundings(graph: _Graph | None, activations: Mapping[str, Activations]) -> None:

@@ -23,11 +23,13 @@ from compress.integer import IntegerModel, quantize_activations, width_problems
 from compress.layers import CompressedLayer
 from compress.one_shot import OneShotRecipe, OneShotResult
 from compress.one_shot import one_shot as run_one_shot
+from compress.plain import to_plain
 from compress.rate_distortion import coarsen_within
 from compress.rules import CompressionConfig, Plan, Recipe
 from compress.shapes import layer_shapes
 from compress.train import Checkpoint, channels_last, check_fit, evaluate, note_of, state_problems
 from hwsim.errors import FormatError, InputError, Problem
+from hwsim.layer import LayerShape
 
 __all__ = ["compress_checkpoint", "make_artifact", "rebuild", "rebuild_integer"]
 
@@ -244,6 +246,7 @@ def make_artifact(
     recipe: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
     dataset: DatasetNote | None = None,
+    shapes: Sequence[LayerShape] | None = None,
 ) -> Artifact:
     """Everything that a file needs of a compressed network.
 
@@ -264,6 +267,8 @@ def make_artifact(
     recipe, results : mapping, optional
         JSON values: how it was compressed, and what was measured.
     dataset : DatasetNote, optional
+    shapes : sequence of LayerShape, optional
+        What `compress.shapes.layer_shapes` gave, where it is at hand or needs to be told more.
 
     Raises
     ------
@@ -272,11 +277,13 @@ def make_artifact(
     """
     compressed = dict(layers) | (integer_model.layers if integer_model else {})
     modules = dict(model.named_modules())
+    stored = model.state_dict(keep_vars=True)
+    aliases = _aliases(stored, [f"{name}.weight" for name in compressed])
     held = {f"{name}.weight" for name in compressed}
     state = {
         name: (values.float() if values.is_floating_point() else values).detach().cpu().contiguous().numpy()
-        for name, values in model.state_dict().items()
-        if name not in held
+        for name, values in stored.items()
+        if name not in held and name not in aliases
     }
     return Artifact(
         network=network,
@@ -284,7 +291,7 @@ def make_artifact(
         input_shape=tuple(input_shape),
         compressed=compressed,
         weight_shapes={name: tuple(modules[name].get_parameter("weight").shape) for name in compressed},
-        shapes=tuple(layer_shapes(model, input_shape)),
+        shapes=tuple(layer_shapes(model, input_shape) if shapes is None else shapes),
         state=state,
         activations=integer_model.activations if integer_model else {},
         activation_bits=integer_model.activation_bits if integer_model else 8,
@@ -294,6 +301,15 @@ def make_artifact(
         results=dict(results or {}),
         dataset=dataset,
     )
+
+
+def _aliases(state: Mapping[str, torch.Tensor], first: Sequence[str]) -> dict[str, str]:
+    """Further names of a parameter that the network has under several, and the one that counts, by preference of ``first``."""
+    chosen: dict[int, str] = {}
+    for name in (*first, *state):
+        if name in state:
+            chosen.setdefault(id(state[name]), name)
+    return {name: chosen[id(values)] for name, values in state.items() if chosen[id(values)] != name}
 
 
 def rebuild(artifact: Artifact, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
@@ -306,7 +322,8 @@ def rebuild(artifact: Artifact, factory: Callable[[], nn.Module] | None = None) 
     ----------
     artifact : Artifact
     factory : callable, optional
-        ``factory()`` gives the network; needed where it is not one of the zoo. Its weights do not matter.
+        ``factory()`` gives the network; needed where it is not one of the zoo. Its weights do not matter. Where the network was
+        rewritten into plain layers before it was compressed, the same is done here.
 
     Raises
     ------
@@ -323,6 +340,11 @@ def rebuild(artifact: Artifact, factory: Callable[[], nn.Module] | None = None) 
     )
     state = {name: torch.from_numpy(values.copy()) for name, values in artifact.state.items()}
     state |= {f"{name}.weight": torch.from_numpy(artifact.weight(name)) for name in artifact.compressed}
+    if artifact.recipe.get("plain"):
+        model = to_plain(model).model
+    expected = model.state_dict(keep_vars=True)
+    aliases = _aliases(expected, list(state))
+    state |= {alias: state[name] for alias, name in aliases.items() if name in state and alias not in state}
     problems = state_problems(model, state)
     if problems:
         raise FormatError(f"artifact of {artifact.network or 'a network of your own'}", problems)

@@ -563,7 +563,7 @@ def _sort_modules(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[U
     for name, module in model.named_modules():
         reason: str | None
         if id(module) in inside_attention:
-            reason = "its weight is read by MultiheadAttention itself, past the layer's forward"
+            reason = f"its weight is read by MultiheadAttention itself, past the layer's forward{_PLAIN}"
         else:
             reason = _refusal(module, owners)
         if reason is None:
@@ -571,6 +571,10 @@ def _sort_modules(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], list[U
         elif reason:
             untreated.append(Untreated(name, reason))
     return found, untreated
+
+
+_PLAIN = "; compress.plain.to_plain rewrites that"
+"""Where the network can be rewritten so that the method treats it."""
 
 
 def _refusal(module: nn.Module, owners: Counter[int]) -> str | None:
@@ -588,19 +592,24 @@ def _refusal(module: nn.Module, owners: Counter[int]) -> str | None:
     treatable = next(
         (base for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(module, base)), None
     )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return f"{kind}: rows are looked up, nothing is multiplied"
     if treatable is None:
         # Normalisation and other per-channel parameters have one dimension; the method never touches those.
         has_weights = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
-        return f"{kind} is not a Linear or Conv1d/2d/3d" if has_weights or is_parametrized(module) else ""
+        if not has_weights and not is_parametrized(module):
+            return ""
+        transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+        hint = _PLAIN if isinstance(module, nn.MultiheadAttention | transposed) else ""
+        return f"{kind} is not a Linear or Conv1d/2d/3d{hint}"
     weight = module._parameters.get("weight")
     if weight is None or is_parametrized(module, "weight"):
-        return (
-            f"the weight of {kind} is computed from other parameters (weight norm or another parametrisation)"
-        )
+        computed = "computed from other parameters (weight norm or another parametrisation)"
+        return f"the weight of {kind} is {computed}{_PLAIN}"
     if type(module).forward is not treatable.forward:
         return f"{kind} overrides {treatable.__name__}.forward"
     if owners[id(weight)] > 1:
-        return "its weight is shared with another module"
+        return f"its weight is shared with another module{_PLAIN}"
     if weight.dtype != torch.float32:
         return f"its weight is {weight.dtype}; the method works in float32 (model.float())"
     if weight.numel() == 0:

@@ -1,4 +1,4 @@
-"""What a command is asked about: a compressed file, a network of the zoo, or the report of either, with its machine.
+"""What a command is asked about: a compressed file, a network of the zoo, an ONNX file, or a report, with its machine.
 
 The origin of a subject goes into its report, so that `hwsim explain` can build the layers anew and `hwsim diff` can say what
 differs.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hwsim.errors import InputError, Problem, nearest_name
-from hwsim.layer import Layer, random_layers
+from hwsim.layer import Layer, LayerShape, random_layers
 from hwsim.machine import Machine
 
 if TYPE_CHECKING:
@@ -25,7 +25,9 @@ __all__ = [
     "file_subject",
     "is_file",
     "load_subject",
+    "network_shapes",
     "network_subject",
+    "random_network",
     "report_subject",
 ]
 
@@ -49,6 +51,7 @@ class RandomMap:
     unified: float = 0.5
     all_layers: bool = False
     seed: int = 0
+    input_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +65,22 @@ class Subject:
     layers : list of Layer
     origin : dict
         Where the layers came from, as JSON values; ``kind`` is "file", "random", or "point" (of a sweep).
+    notes : tuple of str
+        Work of the network that these layers are not.
     """
 
     network: str
     machine: Machine
     layers: list[Layer]
     origin: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def simulate(self) -> Report:
         """The report, with the origin in it."""
         from hwsim.simulator import simulate
 
-        return replace(simulate(self.machine, self.layers, network=self.network), origin=self.origin)
+        report = simulate(self.machine, self.layers, network=self.network)
+        return replace(report, origin=self.origin, warnings=(*report.warnings, *self.notes))
 
 
 def load_subject(model: str, machine: Machine, random_map: RandomMap, batch: int = 1) -> Subject:
@@ -90,23 +97,56 @@ def load_subject(model: str, machine: Machine, random_map: RandomMap, batch: int
 
 
 def is_file(model: str) -> bool:
-    """Whether the name of a model means a file, not a network of the zoo."""
-    return Path(model).suffix == ".safetensors" or Path(model).exists()
+    """Whether the name of a model means a compressed file: neither a network of the zoo nor a graph of ONNX."""
+    path = Path(model)
+    return path.suffix == ".safetensors" or (path.exists() and path.suffix != ".onnx")
 
 
-def network_subject(network: str, machine: Machine, random_map: RandomMap, batch: int = 1) -> Subject:
-    """A network of the zoo with seeded random block maps of exact ratios."""
-    from compress.zoo_shapes import zoo_shapes
+def network_shapes(
+    network: str, batch: int = 1, input_shape: tuple[int, ...] | None = None
+) -> list[LayerShape]:
+    """Shapes of the layers of a network of the zoo by its name, or of an ONNX file by its path.
 
-    block = random_map.block or machine.array.block
+    Raises
+    ------
+    InputError
+        Neither; or an ONNX file that cannot be read or that leaves the shape of its input open.
+    """
+    if Path(network).suffix != ".onnx":
+        from compress.zoo_shapes import zoo_shapes
+
+        return zoo_shapes(network, batch)
+    from compress.onnx_import import import_onnx
+    from compress.plain import to_plain
+    from compress.shapes import layer_shapes
+
+    found = import_onnx(Path(network), input_shape=input_shape)
+    return layer_shapes(to_plain(found.model).model, found.input_shape, batch, dtype=found.dtype)
+
+
+def random_network(
+    network: str, block: tuple[int, int], random_map: RandomMap, batch: int = 1
+) -> list[Layer]:
+    """The layers of a network with seeded random block maps; all uses of a weight have the map of the first."""
     layers = random_layers(
-        zoo_shapes(network, batch),
+        network_shapes(network, batch, random_map.input_shape),
         block,
         random_map.pruned,
         random_map.unified,
         random_map.seed,
         exempt_first_last=not random_map.all_layers,
     )
+    first = {layer.name: layer for layer in reversed(layers) if "#" not in layer.name}
+    return [
+        replace(layer, types=first[name].types) if (name := layer.name.split("#")[0]) in first else layer
+        for layer in layers
+    ]
+
+
+def network_subject(network: str, machine: Machine, random_map: RandomMap, batch: int = 1) -> Subject:
+    """A network of the zoo or an ONNX file with seeded random block maps of exact ratios."""
+    block = random_map.block or machine.array.block
+    layers = random_network(network, block, random_map, batch)
     origin = {
         "kind": "random",
         "block": f"{block[0]}x{block[1]}",
@@ -116,6 +156,8 @@ def network_subject(network: str, machine: Machine, random_map: RandomMap, batch
         "seed": random_map.seed,
         "batch": batch,
     }
+    if random_map.input_shape is not None:
+        origin["input_shape"] = list(random_map.input_shape)
     return Subject(network, machine, layers, origin)
 
 
@@ -137,7 +179,9 @@ def file_subject(path: str | Path, machine: Machine, batch: int = 1) -> Subject:
         **{f"compression.{name}": value for name, value in config.items()},
         **{name: value for name, value in artifact.results.items() if name.startswith("accuracy_")},
     }
-    return Subject(Path(path).name, machine, artifact.layers(batch), origin)
+    untreated = artifact.recipe.get("untreated", [])
+    notes = tuple(f"not among the layers: {row['name']}: {row['reason']}" for row in untreated)
+    return Subject(Path(path).name, machine, artifact.layers(batch), origin, notes)
 
 
 def report_subject(report: Report, source: str) -> Subject:
@@ -158,7 +202,11 @@ def report_subject(report: Report, source: str) -> Subject:
         try:
             g_o, g_k = (int(size) for size in str(origin["block"]).split("x"))
             ratios = float(origin["pruned"]), float(origin["unified"])
-            random_map = RandomMap((g_o, g_k), *ratios, bool(origin["all_layers"]), int(origin["seed"]))
+            given = origin.get("input_shape")
+            shape = None if given is None else tuple(int(size) for size in given)
+            random_map = RandomMap(
+                (g_o, g_k), *ratios, bool(origin["all_layers"]), int(origin["seed"]), shape
+            )
             batch = int(origin["batch"])
         except (TypeError, ValueError) as error:
             raise InputError(source, Problem("origin", f"damaged: {error}", hint)) from None

@@ -20,6 +20,7 @@ from compress.fit import compress
 from compress.integer import IntegerModel, LayerTrace, quantize_activations
 from compress.rebuild import make_artifact, rebuild_integer
 from compress.rules import CompressionConfig, Recipe
+from compress.shapes import layer_shapes
 from hwsim.causal import StepTiming, step_timing
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.layer import Layer
@@ -150,8 +151,8 @@ def projected_artifact(
     entry = zoo.network(network)
     model = zoo.build(network, entry.num_classes, seed).eval()
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(images, *entry.input_shape, generator=generator)
-    calibration = torch.randn(2, *entry.input_shape, generator=generator)
+    inputs = entry.random_inputs(images, generator)
+    calibration = entry.random_inputs(2, generator)
     recipe = Recipe(epochs_admm=0, epochs_retrain=0, seed=seed)
     layers = compress(model, config, [(calibration[:1], torch.zeros(1, dtype=torch.int64))], recipe).layers
     integers = quantize_activations(model, layers, calibration, batch_size=1)
@@ -163,5 +164,6 @@ def projected_artifact(
         network=network,
         integer_model=integers,
         seed=seed,
+        shapes=layer_shapes(model, entry.input_shape, dtype=inputs.dtype),
     )
     return artifact, inputs

@@ -1,8 +1,8 @@
-"""Networks to compress and to simulate: two LeNets and a small ResNet for 28×28 images, four ImageNet
-definitions.
+"""Networks to compress and to simulate: two LeNets and a small ResNet for 28×28 images, five ImageNet
+definitions, a sentence transformer, and a pitch tracker in two sizes.
 
 The ImageNet networks use the module names and parameter shapes of torchvision's, so weights that a user has
-load as they are (`compress.train.load_checkpoint`).
+load as they are (`compress.train.load_checkpoint`). `compress.pretrained` brings weights of some of them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import nn
 
+from compress.pretrained.crepe import Crepe
+from compress.pretrained.efficientnet_lite import EfficientNetLite0
+from compress.pretrained.minilm import MiniLM
 from hwsim.errors import InputError, Problem, nearest_name
 
 __all__ = ["NETWORKS", "Network", "build", "network"]
@@ -35,6 +39,8 @@ class Network:
         Where the architecture was published.
     make : callable
         ``make(num_classes)`` gives the module, initialised from torch's global generator.
+    input_dtype : str
+        ``"int64"`` where the inputs are indices.
     """
 
     name: str
@@ -42,6 +48,13 @@ class Network:
     num_classes: int
     source: str
     make: Callable[[int], nn.Module]
+    input_dtype: str = "float32"
+
+    def random_inputs(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Inputs of the right shape: normally distributed, or indices below a thousand."""
+        if self.input_dtype == "int64":
+            return torch.randint(1, 1000, (count, *self.input_shape), generator=generator)
+        return torch.randn(count, *self.input_shape, generator=generator)
 
 
 def network(name: str) -> Network:
@@ -353,6 +366,13 @@ def _he_init(layer: nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def _minilm(num_classes: int) -> nn.Module:
+    """An embedding; its width is not a number of classes, and cannot be chosen."""
+    if num_classes != 384:
+        raise InputError("network", Problem("num_classes", f"{num_classes}, an embedding of MiniLM has 384"))
+    return MiniLM()
+
+
 _SMALL, _IMAGENET = (1, 28, 28), (3, 224, 224)
 _ENTRIES = (
     Network(
@@ -376,6 +396,29 @@ _ENTRIES = (
         "resnet50", _IMAGENET, 1000, "He et al., CVPR 2016, table 1, stride in the 3x3 convolution", _resnet50
     ),
     Network("mobilenetv2", _IMAGENET, 1000, "Sandler et al., CVPR 2018, table 2", _mobilenetv2),
+    Network(
+        "efficientnet-lite0",
+        _IMAGENET,
+        1000,
+        "TensorFlow's efficientnet/lite; Tan and Le, ICML 2019, table 1",
+        EfficientNetLite0,
+    ),
+    Network(
+        "minilm-l6",
+        (128,),
+        384,
+        "Wang et al., MiniLM, NeurIPS 2020; six layers of BERT, 128 tokens",
+        _minilm,
+        "int64",
+    ),
+    Network("crepe-full", (1024,), 360, "Kim et al., ICASSP 2018, section 2", partial(Crepe, "full")),
+    Network(
+        "crepe-tiny",
+        (1024,),
+        360,
+        "Kim et al., ICASSP 2018, in the authors' smallest width",
+        partial(Crepe, "tiny"),
+    ),
 )
 NETWORKS = MappingProxyType({entry.name: entry for entry in _ENTRIES})
 """The networks of the zoo by name."""

@@ -62,6 +62,28 @@ def shapes_from_definitions() -> dict[str, list[dict[str, Any]]]:
     for name, entry in NETWORKS.items():
         with torch.device("meta"):
             model = entry.make(entry.num_classes)
+        shapes = layer_shapes(model, entry.input_shape, dtype=getattr(torch, entry.input_dtype))
+        found[name] = [asdict(shape) for shape in shapes]
+    return found | _from_onnx()
+
+
+def _from_onnx() -> dict[str, list[dict[str, Any]]]:
+    """Networks that come as ONNX files: from the installed package, else as the file has them."""
+    from compress.onnx_import import import_onnx
+    from compress.plain import to_plain
+    from compress.pretrained.catalog import PRETRAINED, find_weights
+    from compress.shapes import layer_shapes
+
+    found = {}
+    for name, entry in PRETRAINED.items():
+        if not entry.is_onnx:
+            continue
+        try:
+            content = find_weights(entry).read_bytes()
+        except InputError:
+            found[name] = _known()[name]
+            continue
+        model = to_plain(import_onnx(content, name, entry.input_shape).model).model
         found[name] = [asdict(shape) for shape in layer_shapes(model, entry.input_shape)]
     return found
 

@@ -22,6 +22,7 @@ _COMMANDS = {
     "train": ("compress.cli:train", "Train a network of the zoo."),
     "compress": ("compress.cli:compress", "Compress a trained network into blocks by ADMM."),
     "pack": ("compress.cli:pack", "Entropy-code a compressed model anew, without loss."),
+    "models": ("compress.cli_networks:models", "Networks whose real weights ship in packages."),
     "codec-bench": ("compress.cli_codec:codec_bench", "File sizes and speeds beside NNCodec."),
     "simulate": (
         "compress.cli_hardware:simulate",

@@ -212,7 +212,7 @@ def test_every_module_with_weights_is_either_planned_or_named_with_a_reason():
     reasons = {item.name: item.reason for item in plan.untreated}
     expected = {
         "up": "ConvTranspose2d is not",
-        "embedding": "Embedding is not",
+        "embedding": "looked up",
         "tied": "shared",
         "attention": "MultiheadAttention is not",
         "attention.out_proj": "past the layer's forward",
@@ -230,7 +230,7 @@ def test_every_module_with_weights_is_either_planned_or_named_with_a_reason():
 
 
 def test_a_network_without_a_treatable_layer_is_refused():
-    with pytest.raises(InputError, match=r"no Linear or Conv1d/2d/3d.*Embedding is not"):
+    with pytest.raises(InputError, match=r"no Linear or Conv1d/2d/3d.*looked up"):
         plan_layers(nn.Sequential(nn.Embedding(4, 4)), CompressionConfig())
 
 

@@ -206,5 +206,7 @@ def test_work_that_is_not_listed_is_warned_of() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.up(self.used(x)[:, None])
 
-    with pytest.warns(UserWarning, match=r"up \(ConvTranspose1d\), unused \(never run as a module\)"):
+    with pytest.warns(
+        UserWarning, match=r"up.weight \(in conv_transpose1d\), unused \(never run as a module\)"
+    ):
         assert len(layer_shapes(Partly(), (4,))) == 1

@@ -63,7 +63,8 @@ def test_small_networks_run(name: str) -> None:
 def test_every_network_takes_its_input(name: str) -> None:
     entry = NETWORKS[name]
     with torch.device("meta"):
-        outputs = build(name, device="meta").eval()(torch.zeros(2, *entry.input_shape))
+        dtype = getattr(torch, entry.input_dtype)
+        outputs = build(name, device="meta").eval()(torch.zeros(2, *entry.input_shape, dtype=dtype))
     assert outputs.shape == (2, entry.num_classes)
 
 

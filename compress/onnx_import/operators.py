@@ -1,0 +1,328 @@
+"""What ONNX operators without weights compute, on torch tensors.
+
+Shapes travel as tensors on the CPU, also where the network runs on torch's meta device.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+__all__ = ["OPERATORS", "SCALE_FREE", "Operator", "SamePad", "dtype_of"]
+
+Integers = Sequence[int] | Tensor | int
+
+
+class Operator(nn.Module):
+    """An ONNX operator as a module, so that tracing keeps it whole.
+
+    Parameters
+    ----------
+    kind : str
+        A key of `OPERATORS`.
+    places : sequence of int
+        Which inputs are tensors that come in; the others are ``constants``.
+    constants : dict from place to value
+    attributes : dict
+    """
+
+    def __init__(
+        self, kind: str, places: Sequence[int], constants: dict[int, Any], attributes: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.kind, self.places, self.attributes = kind, tuple(places), attributes
+        self.is_scale_free = kind in SCALE_FREE
+        self._plain: dict[int, Any] = {}
+        for place, value in constants.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.register_buffer(f"constant{place}", value)
+            else:
+                self._plain[place] = value
+
+    def forward(self, *values: Tensor) -> Any:
+        arguments = dict(zip(self.places, values, strict=True)) | self._plain
+        arguments |= {int(name.removeprefix("constant")): value for name, value in self.named_buffers()}
+        ordered = [arguments.get(place) for place in range(max(arguments, default=-1) + 1)]
+        return OPERATORS[self.kind](*ordered, **self.attributes)
+
+    def extra_repr(self) -> str:
+        return self.kind
+
+
+class SamePad(nn.Module):
+    """``auto_pad`` of SAME_UPPER or SAME_LOWER: as many outputs as inputs over the stride, rounded up."""
+
+    is_scale_free = True
+
+    def __init__(
+        self, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], more_behind: bool, value: float = 0.0
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.kernel, self.stride, self.dilation = tuple(kernel), tuple(stride), tuple(dilation)
+        self.more_behind, self.value = more_behind, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides: list[int] = []
+        sizes = x.shape[-len(self.kernel) :]
+        for size, kernel, stride, dilation in zip(
+            sizes, self.kernel, self.stride, self.dilation, strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+            small, large = total // 2, total - total // 2
+            sides = [*((small, large) if self.more_behind else (large, small)), *sides]
+        return functional.pad(x, sides, value=self.value) if any(sides) else x
+
+
+def _list(values: Integers) -> list[int]:
+    if isinstance(values, Tensor):
+        return [int(value) for value in values.flatten().tolist()]
+    return [values] if isinstance(values, int) else [int(value) for value in values]
+
+
+def dtype_of(code: int) -> torch.dtype:
+    """Of ONNX's TensorProto.DataType.
+
+    Raises
+    ------
+    KeyError
+    """
+    return {
+        1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
+        10: torch.float16, 11: torch.float64,
+    }[code]  # fmt: skip
+
+
+def _shape(x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+    return torch.tensor(list(x.shape)[start:end], dtype=torch.int64, device="cpu")
+
+
+def _reshape(x: Tensor, shape: Integers, allowzero: int = 0) -> Tensor:
+    sizes = _list(shape)
+    if not allowzero:
+        sizes = [x.shape[place] if size == 0 else size for place, size in enumerate(sizes)]
+    return x.reshape(sizes)
+
+
+def _flatten(x: Tensor, axis: int = 1) -> Tensor:
+    return x.flatten(axis) if axis == 1 else x.reshape(x.shape[:axis].numel(), -1)
+
+
+def _squeeze(x: Tensor, axes: Integers | None = None) -> Tensor:
+    return x.squeeze() if axes is None else x.squeeze(tuple(_list(axes)))
+
+
+def _unsqueeze(x: Tensor, axes: Integers) -> Tensor:
+    rank = x.dim() + len(_list(axes))
+    for axis in sorted(axis % rank for axis in _list(axes)):
+        x = x.unsqueeze(axis)
+    return x
+
+
+def _slice(
+    x: Tensor, starts: Integers, ends: Integers, axes: Integers | None = None, steps: Integers | None = None
+) -> Tensor:
+    first, last = _list(starts), _list(ends)
+    places = list(range(len(first))) if axes is None else _list(axes)
+    strides = [1] * len(first) if steps is None else _list(steps)
+    for axis, start, end, step in zip(places, first, last, strides, strict=True):
+        if step < 0:
+            size = x.shape[axis]
+            chosen = range(size)[slice(start, None if end < -size else end, step)]
+            x = x.index_select(axis, torch.tensor(list(chosen), dtype=torch.int64, device=x.device))
+        else:
+            index = [slice(None)] * x.dim()
+            index[axis] = slice(start, end, step)
+            x = x[tuple(index)]
+    return x
+
+
+def _gather(x: Tensor, indices: Any, axis: int = 0) -> Tensor:
+    if not isinstance(indices, Tensor):
+        indices = torch.tensor(indices, device=x.device)
+    picked = torch.where(indices < 0, indices + x.shape[axis], indices)
+    flat = x.index_select(axis, picked.reshape(-1))
+    return flat.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis % x.dim() + 1 :])
+
+
+def _split(x: Tensor, split: Integers | None = None, axis: int = 0, num_outputs: int = 0) -> Any:
+    if split is None:
+        return x.split(-(-x.shape[axis] // num_outputs), axis)
+    return x.split(_list(split), axis)
+
+
+def _expand(x: Tensor, shape: Integers) -> Tensor:
+    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(_list(shape))))
+
+
+def _pad(x: Tensor, pads: Integers, value: Any = None, mode: str = "constant") -> Tensor:
+    both = _list(pads)
+    rank = len(both) // 2
+    sides = [side for axis in reversed(range(rank)) for side in (both[axis], both[axis + rank])]
+    if mode == "constant":
+        return functional.pad(x, sides, value=0.0 if value is None else float(value))
+    while sides[-2:] == [0, 0]:
+        sides = sides[:-2]
+    return functional.pad(
+        x, sides, mode={"edge": "replicate", "reflect": "reflect", "wrap": "circular"}[mode]
+    )
+
+
+def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reduce(
+        x: Tensor, axes: Integers | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0
+    ) -> Tensor:
+        if axes is None and noop_with_empty_axes:
+            return x
+        places = list(range(x.dim())) if axes is None else _list(axes)
+        return function(x, dim=tuple(places), keepdim=bool(keepdims))
+
+    return reduce
+
+
+def _clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
+    low = None if min is None else float(min)
+    return x.clamp(low, None if max is None else float(max))
+
+
+def _resize(
+    x: Tensor,
+    roi: object = None,
+    scales: Any = None,
+    sizes: Integers | None = None,
+    mode: str = "nearest",
+    coordinate_transformation_mode: str = "half_pixel",
+    nearest_mode: str = "round_prefer_floor",
+    **_: object,
+) -> Tensor:
+    rank = x.dim() - 2
+    size, factors = None, None
+    if sizes is not None and len(_list(sizes)):
+        size = _list(sizes)[2:]
+    else:
+        factors = [float(scale) for scale in (scales.tolist() if isinstance(scales, Tensor) else scales)][2:]
+    if mode == "nearest":
+        kind = (
+            "nearest"
+            if (coordinate_transformation_mode, nearest_mode) == ("asymmetric", "floor")
+            else "nearest-exact"
+        )
+        return functional.interpolate(x, size, factors, kind)
+    kind = {1: "linear", 2: "bilinear", 3: "trilinear"}[rank] if mode == "linear" else "bicubic"
+    aligned = coordinate_transformation_mode == "align_corners"
+    return functional.interpolate(
+        x, size, factors, kind, align_corners=aligned, recompute_scale_factor=False if size is None else None
+    )
+
+
+def _layer_norm(
+    x: Tensor, scale: Tensor, bias: Tensor | None = None, axis: int = -1, epsilon: float = 1e-5, **_: object
+) -> Tensor:
+    return functional.layer_norm(x, x.shape[axis % x.dim() :], scale, bias, epsilon)
+
+
+def _softmax(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def apply(x: Tensor, axis: int = -1, is_flat: bool = False) -> Tensor:
+        if not is_flat:
+            return function(x, axis)
+        axis %= x.dim()
+        return function(x.flatten(axis), axis).reshape(x.shape)
+
+    return apply
+
+
+def _batch_norm(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float = 1e-5,
+    **_: object,
+) -> Tensor:
+    return functional.batch_norm(x, mean, variance, scale, shift, False, 0.0, epsilon)
+
+
+def _tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Of two operands, of which one may be a constant."""
+
+    def apply(a: Any, b: Any) -> Tensor:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            return function(a, b)
+        like = a if isinstance(a, Tensor) else b
+        sides = (x if isinstance(x, Tensor) else torch.tensor(x, device=like.device) for x in (a, b))
+        return function(*sides)
+
+    return apply
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    return a / b if a.is_floating_point() else torch.div(a, b, rounding_mode="trunc")
+
+
+def _concat(*parts: Any, axis: int) -> Tensor:
+    return torch.cat(
+        [part if isinstance(part, Tensor) else torch.tensor(part, device="cpu") for part in parts], axis
+    )
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": _tensors(operator.add),
+    "Sub": _tensors(operator.sub),
+    "Mul": _tensors(operator.mul),
+    "Div": _tensors(_divide),
+    "Pow": _tensors(torch.pow),
+    "MatMul": torch.matmul,
+    "Equal": _tensors(torch.eq),
+    "Greater": _tensors(torch.gt),
+    "Less": _tensors(torch.lt),
+    "Where": torch.where,
+    "Sqrt": torch.sqrt,
+    "Reciprocal": torch.reciprocal,
+    "Exp": torch.exp,
+    "Log": torch.log,
+    "Erf": torch.erf,
+    "Neg": torch.neg,
+    "Abs": torch.abs,
+    "Tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
+    "HardSigmoid": lambda x, alpha=0.2, beta=0.5: (alpha * x + beta).clamp(0, 1),
+    "HardSwish": functional.hardswish,
+    "Softplus": functional.softplus,
+    "Elu": lambda x, alpha=1.0: functional.elu(x, alpha),
+    "LeakyRelu": lambda x, alpha=0.01: functional.leaky_relu(x, alpha),
+    "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x),
+    "Gelu": lambda x, approximate="none": functional.gelu(x, approximate=approximate),
+    "Softmax": _softmax(functional.softmax),
+    "LogSoftmax": _softmax(functional.log_softmax),
+    "BatchNormalization": _batch_norm,
+    "Clip": _clip,
+    "Cast": lambda x, to, **_: x.to(dtype_of(to)),
+    "Shape": _shape,
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Squeeze": _squeeze,
+    "Unsqueeze": _unsqueeze,
+    "Transpose": lambda x, perm=None: x.permute(*(perm or reversed(range(x.dim())))),
+    "Slice": _slice,
+    "Gather": _gather,
+    "Split": _split,
+    "Concat": _concat,
+    "Expand": _expand,
+    "Pad": _pad,
+    "ReduceMean": _reduce(torch.mean),
+    "ReduceSum": _reduce(torch.sum),
+    "ReduceMax": _reduce(torch.amax),
+    "ReduceMin": _reduce(torch.amin),
+    "Resize": _resize,
+    "LayerNormalization": _layer_norm,
+    "GlobalAveragePool": lambda x: x.mean(dim=tuple(range(2, x.dim())), keepdim=True),
+    "GlobalMaxPool": lambda x: x.amax(dim=tuple(range(2, x.dim())), keepdim=True),
+}
+
+SCALE_FREE = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "GlobalMaxPool")
+"""Those that may act on integers: they commute with a positive scale."""

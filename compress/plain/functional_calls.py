@@ -1,0 +1,225 @@
+"""Matrix work that a module's own forward does on a parameter, turned into layers by torch.fx."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.plain.tree import replace_module
+
+__all__ = ["with_layers_for_calls"]
+
+_CONVOLUTIONS: dict[Any, tuple[type[nn.Module], int]] = {
+    functional.conv1d: (nn.Conv1d, 1),
+    functional.conv2d: (nn.Conv2d, 2),
+    functional.conv3d: (nn.Conv3d, 3),
+}
+_PRODUCTS = (operator.matmul, torch.matmul)
+_SETTINGS = ("stride", "padding", "dilation", "groups")
+
+
+class _OwnForward(torch.fx.Tracer):
+    """One module's forward alone: all of its children are leaves."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def with_layers_for_calls(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, str]]]:
+    """The network with layers in place of ``functional.linear(x, self.weight)`` and the like.
+
+    Only modules whose forward torch.fx can trace, and that does the same in training as in evaluation, are rewritten; what is
+    left is listed by `compress.rules.plan_layers` and `compress.shapes.layer_shapes`.
+    """
+    found = []
+    for name, module in list(model.named_modules()):
+        if _is_torchs(module):
+            continue
+        graph = _graph_of(module)
+        if graph is None:
+            continue
+        layers = _insert_layers(module, graph)
+        if layers:
+            rewritten = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
+            rewritten.train(module.training)
+            for child, original in module.named_children():
+                if hasattr(rewritten, child):
+                    getattr(rewritten, child).train(original.training)
+            model = replace_module(model, name, rewritten)
+            found.append(
+                (name, type(module).__name__, f"calls on a parameter as layers: {', '.join(layers)}")
+            )
+    return model, found
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.") and not isinstance(module, torch.fx.GraphModule)
+
+
+def _graph_of(module: nn.Module) -> torch.fx.Graph | None:
+    """The graph of a module's own forward, or None where it cannot be traced or depends on the mode."""
+    graphs = []
+    training = module.training
+    try:
+        for mode in (True, False):
+            module.training = mode
+            graphs.append(_OwnForward().trace(module))
+    except Exception:  # whatever the user's forward does to a symbolic tensor
+        return None
+    finally:
+        module.training = training
+    return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
+
+
+def _insert_layers(module: nn.Module, graph: torch.fx.Graph) -> list[str]:
+    """New layers for all calls on parameters; gives their names. One layer for each parameter that is called alike."""
+    made: dict[tuple[object, ...], str] = {}
+    for node in list(graph.nodes):
+        call = _call_of(module, node)
+        if call is None:
+            continue
+        source, make, key = call
+        if key not in made:
+            made[key] = _free_name(module, key[0])
+            module.add_module(made[key], make())
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(made[key], (source,)))
+        graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or _turned(node) is not None):
+            graph.erase_node(node)
+    return list(made.values())
+
+
+def _free_name(module: nn.Module, parameter: object) -> str:
+    """``"weight"`` as ``"linear"``, ``"emb.weight"`` as ``"emb_linear"``."""
+    base = str(parameter).removesuffix("weight").rstrip("._").replace(".", "_")
+    name = f"{base}_layer" if base else "layer"
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
+def _call_of(
+    module: nn.Module, node: torch.fx.Node
+) -> tuple[torch.fx.Node, Callable[[], nn.Module], tuple[object, ...]] | None:
+    """What a call reads, how its layer is made, and what tells it from others; None where it is no such call."""
+    if node.op == "call_method" and node.target == "matmul":
+        return _product(module, node)
+    if node.op != "call_function":
+        return None
+    if node.target in _PRODUCTS:
+        return _product(module, node)
+    if node.target is functional.linear:
+        arguments = _arguments(node, ("input", "weight", "bias"))
+        return _layer_call(module, arguments, lambda weight: _empty_linear(weight), ())
+    if node.target in _CONVOLUTIONS:
+        kind, rank = _CONVOLUTIONS[node.target]
+        arguments = _arguments(node, ("input", "weight", "bias", *_SETTINGS))
+        settings = {name: arguments[name] for name in _SETTINGS if arguments.get(name) is not None}
+        if any(isinstance(value, torch.fx.Node) for value in settings.values()):
+            return None
+        return _layer_call(
+            module,
+            arguments,
+            lambda weight: _empty_convolution(kind, rank, weight, settings),
+            tuple(str(value) for value in settings.items()),
+        )
+    return None
+
+
+def _arguments(node: torch.fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _layer_call(
+    module: nn.Module,
+    arguments: dict[str, Any],
+    make: Callable[[Tensor], nn.Module],
+    settings: tuple[str, ...],
+) -> tuple[torch.fx.Node, Callable[[], nn.Module], tuple[object, ...]] | None:
+    weight = _parameter(module, arguments.get("weight"))
+    bias = _parameter(module, arguments.get("bias"))
+    source = arguments.get("input")
+    if weight is None or (arguments.get("bias") is not None and bias is None):
+        return None
+    if not isinstance(source, torch.fx.Node):
+        return None
+
+    def build() -> nn.Module:
+        layer = make(weight)
+        layer.weight = weight
+        layer.register_parameter("bias", bias)
+        return layer
+
+    return source, build, (arguments["weight"].target, str(arguments.get("bias")), *settings)
+
+
+def _product(
+    module: nn.Module, node: torch.fx.Node
+) -> tuple[torch.fx.Node, Callable[[], nn.Module], tuple[object, ...]] | None:
+    """``x @ p.T`` reads a weight as a Linear does; ``x @ p`` reads one that stands the other way."""
+    if len(node.args) != 2 or not isinstance(node.args[0], torch.fx.Node):
+        return None
+    source, right = node.args
+    turned = _turned(right)
+    weight = _parameter(module, right if turned is None else turned)
+    if weight is None or weight.dim() != 2 or _parameter(module, source) is not None:
+        return None
+    if turned is None:
+        users = [user for user in right.users if user is not node]  # type: ignore[union-attr]
+        if users or sum(parameter is weight for parameter in module.parameters()) != 1:
+            return None  # somebody else reads the parameter as it stands
+
+    def build() -> nn.Module:
+        values = weight if turned is not None else nn.Parameter(weight.detach().t().contiguous())
+        layer = _empty_linear(values)
+        layer.weight = values
+        return layer
+
+    read = right if turned is None else turned
+    if not isinstance(source, torch.fx.Node) or not isinstance(read, torch.fx.Node):
+        return None
+    return source, build, (read.target, "product", turned is None)
+
+
+def _turned(node: object) -> torch.fx.Node | None:
+    """The matrix that a node transposes."""
+    if not isinstance(node, torch.fx.Node) or not node.args or not isinstance(node.args[0], torch.fx.Node):
+        return None
+    matrix = node.args[0]
+    if node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT")):
+        return matrix
+    axes = set(node.args[1:]) if node.target in ("transpose", torch.transpose) else set()
+    swaps = axes in ({0, 1}, {-2, -1})
+    return matrix if swaps else None
+
+
+def _parameter(module: nn.Module, node: object) -> nn.Parameter | None:
+    if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, nn.Parameter) else None
+
+
+def _empty_linear(weight: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        return nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+
+
+def _empty_convolution(
+    kind: type[nn.Module], rank: int, weight: Tensor, settings: dict[str, Any]
+) -> nn.Module:
+    groups = settings.get("groups", 1)
+    with torch.device("meta"):
+        return kind(
+            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[-rank:]), bias=False, **settings
+        )
