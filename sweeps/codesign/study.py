@@ -1,0 +1,209 @@
+"""Co-design against uniform ratios: the same networks, machines, budgets and training, several seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.data import Dataset, load_dataset
+from compress.run_state import digest
+from compress.subjects import file_subject
+from compress.train import Checkpoint, load_checkpoint
+from hwsim.files import write_atomically
+from hwsim.machine import load_machine
+from hwsim.report import package_versions
+from sweeps.codesign.folder import claim, machine_toml, read_json, write_json
+from sweeps.codesign.run import ARTIFACT, ASKED, MACHINE, REPORT, RESULT, Tell, codesign, network_of, train_on
+from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
+from sweeps.codesign.uniform import best_uniform
+from sweeps.space import Point
+from sweeps.weights import dense_path, train_dense
+
+__all__ = ["Study", "dense_network", "images_of", "run_study"]
+
+METHODS = "codesign", "uniform"
+CHOICE = "choice.json"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared.
+
+    Attributes
+    ----------
+    network : str
+        Of the zoo.
+    goals : tuple of Goal
+        In the order in which they are run.
+    seeds : tuple of int
+    """
+
+    network: str
+    goals: tuple[Goal, ...]
+    seeds: tuple[int, ...]
+
+
+def images_of(space: CoDesignSpace, seed: int) -> Dataset:
+    """The images of a training."""
+    training = space.training
+    return load_dataset(training.dataset).subset(training.train_images, training.test_images, seed=seed)
+
+
+def dense_network(
+    folder: Path, network: str, space: CoDesignSpace, seed: int, tell: Tell | None = None
+) -> Checkpoint:
+    """The uncompressed network, trained unless its file is in ``folder``."""
+    point = Point(
+        network=network,
+        block=space.shapes[0],
+        pruned=0.0,
+        unified=0.0,
+        hold=space.hold[0],
+        seed=seed,
+        base=space.machine.base,
+        fields=(),
+        weights=space.training,
+        batch=1,
+    )
+
+    def progress(now: Any) -> None:
+        if tell is not None:
+            tell(
+                f"training {network}, epoch {now.epoch}/{now.epochs}",
+                now.epoch - 1 + now.batch / now.batches,
+                now.epochs,
+            )
+
+    train_dense(folder, point, progress)
+    return load_checkpoint(dense_path(folder, point))
+
+
+def run_study(
+    study: Study,
+    space: CoDesignSpace,
+    folder: str | Path,
+    *,
+    tell: Callable[[str, float, float], None] | None = None,
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Run what is missing of a study: every goal with all seeds before the next one.
+
+    Parameters
+    ----------
+    study : Study
+    space : CoDesignSpace
+    folder : str or Path
+        One folder per run in ``runs``; dense networks in ``dense``. A run that was stopped goes on.
+    tell : callable, optional
+        As `sweeps.codesign.run.codesign`.
+    after : callable, optional
+        Called after every run.
+    """
+    folder = Path(folder)
+    tell = tell or (lambda doing, done, total: None)
+    for goal in study.goals:
+        for seed in study.seeds:
+            images = images_of(space, seed)
+            checkpoint = dense_network(folder, study.network, space, seed, tell)
+            for method in METHODS:
+                path = run_folder(folder, goal, seed, method)
+                if not (path / RESULT).exists():
+                    if method == "codesign":
+                        codesign(checkpoint, images, space, goal, path, seed=seed, tell=tell)
+                    else:
+                        uniform(checkpoint, images, space, goal, path, seed=seed, tell=tell)
+                if after is not None:
+                    after()
+
+
+def run_folder(folder: Path, goal: Goal, seed: int, method: str) -> Path:
+    """Where one run lies."""
+    return folder / "runs" / f"{goal.quantity}-{goal.limit:g}-{seed}-{method}"
+
+
+def uniform(
+    checkpoint: Checkpoint,
+    data: Dataset,
+    space: CoDesignSpace,
+    goal: Goal,
+    folder: Path,
+    *,
+    seed: int,
+    tell: Tell,
+) -> dict[str, Any]:
+    """Uniform ratios on their best machine, trained like a co-design; kept and resumed the same way."""
+    asked = {
+        "method": "uniform",
+        "network": checkpoint.network,
+        "dense_network": digest(checkpoint.model.state_dict()),
+        "goal": {"quantity": goal.quantity, "limit": goal.limit},
+        "space": space.model_dump(mode="json"),
+        "seed": seed,
+    }
+    claim(folder / ASKED, asked, package_versions())
+    found = read_json(folder / CHOICE)
+    if found is None:
+        choice = best_uniform(
+            network_of(checkpoint, data, space, seed),
+            space,
+            goal,
+            progress=lambda done, total: tell("choosing uniform ratios", done, total),
+        )
+        write_atomically(folder / MACHINE, machine_toml(choice.machine).encode())
+        found = {
+            "config": choice.config.model_dump(mode="json"),
+            "damage": choice.damage,
+            "planned": choice.figures.values,
+        }
+        write_json(folder / CHOICE, found)
+    from compress.rules import parse_config
+
+    config, machine = parse_config(found["config"]), load_machine(folder / MACHINE)
+    artifact = train_on(checkpoint, data, config, space.training, machine, folder, seed=seed, tell=tell)
+    report = file_subject(folder / ARTIFACT, machine, 1).simulate()
+    report.save(folder / REPORT)
+    summary = report.summary
+    result = {
+        "machine": machine_label(machine, tuple(space.machine.axes)),
+        "ratios": {name: found["config"][name] for name in ("block", "pruned", "unified", "exempt_first_last")},
+        "damage": found["damage"],
+        "accuracy": {
+            name: artifact.results[f"accuracy_{name}"]
+            for name in ("dense", "projected", "retrained", "integer")
+        },
+        "test_images": artifact.results["test_images"],
+        "planned": found["planned"],
+        "trained": {
+            "latency_us": summary["latency_cycles"] / machine.clock_mhz,
+            "latency_cycles": summary["latency_cycles"],
+            "energy_pj": summary["energy_pj"],
+            "image_bytes": summary["image_bytes"],
+            "area_mm2": summary["area_mm2"],
+        },
+        "file_bytes": (folder / ARTIFACT).stat().st_size,
+        "warnings": artifact.results["warnings"],
+    }
+    write_json(folder / RESULT, result)
+    return result
+
+
+def collect(study: Study, folder: str | Path) -> list[dict[str, Any]]:
+    """The results that are there, one row per run."""
+    rows = []
+    for goal in study.goals:
+        for seed in study.seeds:
+            for method in METHODS:
+                result = read_json(run_folder(Path(folder), goal, seed, method) / RESULT)
+                if result is not None:
+                    rows.append(
+                        {"goal": goal.quantity, "limit": goal.limit, "seed": seed, "method": method, **result}
+                    )
+    return rows
+
+
+def complete(rows: Sequence[dict[str, Any]], goal: Goal) -> list[int]:
+    """Seeds of a goal that both methods have."""
+    have = {(row["seed"], row["method"]) for row in rows if row["limit"] == goal.limit}
+    return sorted({seed for seed, _ in have if all((seed, method) in have for method in METHODS)})
