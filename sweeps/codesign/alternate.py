@@ -4,8 +4,8 @@ On one machine `compress.allocate.allocate` deals out block types and shapes at 
 that the goal pays for. For that plan every machine of the space is simulated, and the one that spends least takes over; what it
 saves, the next plan spends. A plan follows from its machine alone, so a machine that comes back is a fixed point or a cycle.
 
-A plan for native blocks of one shape runs only on machines whose native block divides it, so the alternation cannot find its way
-from small native blocks to larger ones: it is started once from every native block shape, and the best state seen wins.
+A plan for native blocks of one shape runs only on machines whose native block divides it, so the alternation cannot find its
+way from small native blocks to larger ones: it is started once from every native block shape, and the best state seen wins.
 
 Source: alternating minimisation (block coordinate descent), e.g. Bertsekas, "Nonlinear Programming", 2nd ed. 1999, section 2.7.
 """
@@ -31,7 +31,7 @@ from hwsim.layer import DENSE, Layer
 from hwsim.machine import Machine
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 
-__all__ = ["Alternation", "Figures", "Network", "Step", "alternate", "compression_config"]
+__all__ = ["Alternation", "Figures", "Network", "Step", "alternate", "compression_config", "exhaustive"]
 
 _MOST_STEPS = 50
 """Of one start; a space of so many machines that all take their turn has not been seen."""
@@ -73,7 +73,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Figures:
-    """What layers cost on a machine, by the names of goals and constraints, with ``area_mm2``; ``error`` where they do not fit."""
+    """What layers cost on a machine, by the names of goals and constraints; ``error`` says where they do not fit."""
 
     values: dict[str, float]
     error: str | None = None
@@ -164,7 +164,7 @@ class Bench:
         self._evaluator = Evaluator()
 
     def layers(self, plan: Plan, block: tuple[int, int]) -> list[Layer] | None:
-        """The layers of a plan as its first projection gives them, for a native block; None where the block does not divide them.
+        """The layers of a plan as its first projection gives them; None where the native block does not divide them.
 
         What stays dense has no shape of its own and is cut as the machine wants it.
         """
@@ -285,6 +285,16 @@ def alternate(
     )
 
 
+def exhaustive(network: Network, space: CoDesignSpace, goal: Goal) -> Step | None:
+    """The least damage over a plan for every single machine of a space; None where none reaches the goal.
+
+    What an alternation is measured against where there is time for it.
+    """
+    search = _Search(network, space, goal, Bench(network, space.machines()[0]))
+    steps = [search.step(0, number, machine)[0] for number, machine in enumerate(search.bench.machines)]
+    return min((step for step in steps if not step.problem), key=search.rank, default=None)
+
+
 class _Search:
     """One alternation; ``steps`` grows."""
 
@@ -337,14 +347,14 @@ class _Search:
                 return f"came back after {number} plans: a cycle of {period}; the best state of it is kept"
             own[machine] = number
             self._met[machine] = start
-            step, following = self._step(start, number, machine)
+            step, following = self.step(start, number, machine)
             self.steps.append(step)
             if following is None:
                 return f"stopped: {step.problem}"
             machine = following
         return f"stopped after {_MOST_STEPS} plans; the best state is kept"
 
-    def _step(self, start: int, number: int, machine: Machine) -> tuple[Step, Machine | None]:
+    def step(self, start: int, number: int, machine: Machine) -> tuple[Step, Machine | None]:
         """The plan for a machine, and the machine for the plan."""
         try:
             plan = allocate(

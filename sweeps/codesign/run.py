@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,14 @@ from hwsim.files import write_atomically
 from hwsim.machine import Machine, load_machine
 from hwsim.report import Report, package_versions
 from hwsim.version import MODEL_VERSION
-from sweeps.codesign.alternate import Alternation, Bench, Figures, Network, alternate, cheapest, compression_config
+from sweeps.codesign.alternate import (
+    Alternation,
+    Bench,
+    Network,
+    alternate,
+    cheapest,
+    compression_config,
+)
 from sweeps.codesign.folder import claim, machine_toml, read_json, write_json
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 from sweeps.space import METHOD_VERSION, Training
@@ -87,8 +93,8 @@ def codesign(
     goal : Goal
     folder : str or Path
         Of the results: ``asked.json`` (resolved configuration, versions), ``alternation.json`` and ``.csv``, ``machine.toml``,
-        ``model.hws.safetensors``, ``report.json`` (as `hwsim simulate` writes it), ``result.json``. The same call on the same folder
-        goes on where it was stopped, within the training too, and gives the same bytes of the model.
+        ``model.hws.safetensors``, ``report.json`` (as `hwsim simulate` writes it), ``result.json``. The same call on the same
+        folder goes on where it was stopped, within the training too, and gives the same bytes of the model.
     seed : int
         Of the training and of the calibration images.
     tell : callable, optional
@@ -151,10 +157,8 @@ def network_of(checkpoint: Checkpoint, data: Dataset, space: CoDesignSpace, seed
     return Network(model, data.input_shape, curvature(space.weighing, model, treated, batches))
 
 
-def _chosen(
-    folder: Path, network: Network, space: CoDesignSpace, goal: Goal, tell: Tell
-) -> dict[str, Any]:
-    """The alternation as plain values, from the folder where it is done already; the machine of the winner is in its file then."""
+def _chosen(folder: Path, network: Network, space: CoDesignSpace, goal: Goal, tell: Tell) -> dict[str, Any]:
+    """The alternation as plain values, from the folder where it is done already; the winner's machine has a file of its own."""
     found = read_json(folder / ALTERNATION)
     if found is not None and (folder / MACHINE).exists():
         return found

@@ -5,15 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from compress.budget import Budget, Quantity
 from hwsim.errors import InputError, Problem, nearest_name
-from hwsim.machine import Machine, load_machine, preset_names, validation_problems
+from hwsim.machine import Machine, preset_names, validation_problems
 from sweeps.space import Hold, MachineSpace, Training, machine_for_block
 
 __all__ = ["CoDesignSpace", "Goal", "Weighing", "load_codesign_space", "parse_codesign_space", "parse_goal"]
@@ -254,6 +263,7 @@ class CoDesignSpace(_Part):
 def machine_label(machine: Machine, names: tuple[str, ...]) -> str:
     """A machine of a space in a few words: native block, and the fields that vary.
 
+    >>> from hwsim.machine import load_machine
     >>> machine_label(load_machine("msa-16x16"), ("array.rows",))
     '4x4 rows=16'
     """
@@ -296,8 +306,14 @@ def parse_codesign_space(data: dict[str, Any], source: str) -> CoDesignSpace:
     return space
 
 
-def load_codesign_space(path: str | Path) -> CoDesignSpace:
+def load_codesign_space(path: str | Path, training: Mapping[str, Any] | None = None) -> CoDesignSpace:
     """A space from a TOML file; the path of a machine file in it counts from the file's own folder.
+
+    Parameters
+    ----------
+    path : str or Path
+    training : mapping, optional
+        Fields of its training that are to be others.
 
     Raises
     ------
@@ -315,4 +331,7 @@ def load_codesign_space(path: str | Path) -> CoDesignSpace:
     base = machine.get("base") if isinstance(machine, dict) else None
     if isinstance(machine, dict) and isinstance(base, str) and base not in preset_names():
         machine["base"] = str(path.parent / base)
+    if training:
+        stored = data.get("training", {})
+        data["training"] = {**stored, **training} if isinstance(stored, dict) else stored
     return parse_codesign_space(data, str(path))

@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.data import Dataset, load_dataset
+from compress.rules import parse_config
 from compress.run_state import digest
 from compress.subjects import file_subject
 from compress.train import Checkpoint, load_checkpoint
+from hwsim.errors import InputError
 from hwsim.files import write_atomically
 from hwsim.machine import load_machine
 from hwsim.report import package_versions
 from sweeps.codesign.folder import claim, machine_toml, read_json, write_json
-from sweeps.codesign.run import ARTIFACT, ASKED, MACHINE, REPORT, RESULT, Tell, codesign, network_of, train_on
+from sweeps.codesign.run import (
+    ALTERNATION,
+    ARTIFACT,
+    ASKED,
+    MACHINE,
+    REPORT,
+    RESULT,
+    Tell,
+    codesign,
+    network_of,
+    train_on,
+)
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 from sweeps.codesign.uniform import best_uniform
 from sweeps.space import Point
 from sweeps.weights import dense_path, train_dense
 
-__all__ = ["Study", "dense_network", "images_of", "run_study"]
+__all__ = ["METHODS", "Study", "collect", "dense_network", "images_of", "run_study", "uniform"]
 
-METHODS = "codesign", "uniform"
+METHODS = "codesign", "uniform", "uniform-inner"
+"""The last leaves the first and the last layer dense."""
 CHOICE = "choice.json"
 
 
@@ -109,11 +123,13 @@ def run_study(
             checkpoint = dense_network(folder, study.network, space, seed, tell)
             for method in METHODS:
                 path = run_folder(folder, goal, seed, method)
-                if not (path / RESULT).exists():
-                    if method == "codesign":
-                        codesign(checkpoint, images, space, goal, path, seed=seed, tell=tell)
-                    else:
-                        uniform(checkpoint, images, space, goal, path, seed=seed, tell=tell)
+                if (path / RESULT).exists():
+                    continue
+                if method == "codesign":
+                    codesign(checkpoint, images, space, goal, path, seed=seed, tell=tell)
+                else:
+                    inner = method == "uniform-inner"
+                    uniform(checkpoint, images, space, goal, path, inner_only=inner, seed=seed, tell=tell)
                 if after is not None:
                     after()
 
@@ -130,12 +146,16 @@ def uniform(
     goal: Goal,
     folder: Path,
     *,
+    inner_only: bool,
     seed: int,
     tell: Tell,
 ) -> dict[str, Any]:
-    """Uniform ratios on their best machine, trained like a co-design; kept and resumed the same way."""
+    """Uniform ratios on their best machine, trained like a co-design; kept and resumed the same way.
+
+    Where no uniform ratios reach the goal, the result holds the reason under ``infeasible``.
+    """
     asked = {
-        "method": "uniform",
+        "method": "uniform-inner" if inner_only else "uniform",
         "network": checkpoint.network,
         "dense_network": digest(checkpoint.model.state_dict()),
         "goal": {"quantity": goal.quantity, "limit": goal.limit},
@@ -145,12 +165,18 @@ def uniform(
     claim(folder / ASKED, asked, package_versions())
     found = read_json(folder / CHOICE)
     if found is None:
-        choice = best_uniform(
-            network_of(checkpoint, data, space, seed),
-            space,
-            goal,
-            progress=lambda done, total: tell("choosing uniform ratios", done, total),
-        )
+        try:
+            choice = best_uniform(
+                network_of(checkpoint, data, space, seed),
+                space,
+                goal,
+                exempt_first_last=inner_only,
+                progress=lambda done, total: tell("choosing uniform ratios", done, total),
+            )
+        except InputError as error:
+            result = {"infeasible": str(error)}
+            write_json(folder / RESULT, result)
+            return result
         write_atomically(folder / MACHINE, machine_toml(choice.machine).encode())
         found = {
             "config": choice.config.model_dump(mode="json"),
@@ -158,8 +184,6 @@ def uniform(
             "planned": choice.figures.values,
         }
         write_json(folder / CHOICE, found)
-    from compress.rules import parse_config
-
     config, machine = parse_config(found["config"]), load_machine(folder / MACHINE)
     artifact = train_on(checkpoint, data, config, space.training, machine, folder, seed=seed, tell=tell)
     report = file_subject(folder / ARTIFACT, machine, 1).simulate()
@@ -167,7 +191,9 @@ def uniform(
     summary = report.summary
     result = {
         "machine": machine_label(machine, tuple(space.machine.axes)),
-        "ratios": {name: found["config"][name] for name in ("block", "pruned", "unified", "exempt_first_last")},
+        "ratios": {
+            name: found["config"][name] for name in ("block", "pruned", "unified", "exempt_first_last")
+        },
         "damage": found["damage"],
         "accuracy": {
             name: artifact.results[f"accuracy_{name}"]
@@ -195,15 +221,14 @@ def collect(study: Study, folder: str | Path) -> list[dict[str, Any]]:
     for goal in study.goals:
         for seed in study.seeds:
             for method in METHODS:
-                result = read_json(run_folder(Path(folder), goal, seed, method) / RESULT)
-                if result is not None:
-                    rows.append(
-                        {"goal": goal.quantity, "limit": goal.limit, "seed": seed, "method": method, **result}
-                    )
+                path = run_folder(Path(folder), goal, seed, method)
+                result = read_json(path / RESULT)
+                if result is None:
+                    continue
+                row = {"goal": goal.quantity, "limit": goal.limit, "seed": seed, "method": method, **result}
+                alternation = read_json(path / ALTERNATION)
+                if alternation is not None:
+                    best = alternation["best"]
+                    row |= {"damage": best["damage"], "blocks": best["blocks"], "plan": alternation["plan"]}
+                rows.append(row)
     return rows
-
-
-def complete(rows: Sequence[dict[str, Any]], goal: Goal) -> list[int]:
-    """Seeds of a goal that both methods have."""
-    have = {(row["seed"], row["method"]) for row in rows if row["limit"] == goal.limit}
-    return sorted({seed for seed, _ in have if all((seed, method) in have for method in METHODS)})

@@ -1,8 +1,8 @@
 """The rival of co-design: the same ratios in every layer, on the machine that suits them best.
 
-It chooses from the same machines, block shapes and weights, by the same damage and within the same goal: native block, machine, one
-block shape for all layers, one share of dense blocks, whether first and last layer stay dense, and the share of pruned blocks to half a percent.
-What it may not do is treat layers differently.
+It chooses from the same machines, block shapes and weights, by the same damage and within the same goal: machine, one block
+shape for all layers, one share of dense blocks, and the share of pruned blocks to half a percent. What it may not do is treat
+layers differently, but for leaving the first and the last one dense.
 """
 
 from __future__ import annotations
@@ -50,9 +50,20 @@ def best_uniform(
     space: CoDesignSpace,
     goal: Goal,
     *,
+    exempt_first_last: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> UniformChoice:
     """Uniform ratios of the least damage within a goal.
+
+    Parameters
+    ----------
+    network : Network
+    space : CoDesignSpace
+    goal : Goal
+    exempt_first_last : bool
+        Whether the first and the last layer stay dense.
+    progress : callable, optional
+        Called with the kinds of ratios that are done and their number.
 
     Raises
     ------
@@ -62,16 +73,11 @@ def best_uniform(
     machines, _ = space.machines()
     bench = Bench(network, machines)
     found: list[UniformChoice] = []
-    kinds = [
-        (shape, dense, exempt)
-        for shape in space.shapes
-        for dense in _DENSE_SHARES
-        for exempt in dict.fromkeys((space.training.exempt == "first_and_last", True))
-    ]
-    for done, (shape, dense, exempt) in enumerate(kinds):
+    kinds = [(shape, dense) for shape in space.shapes for dense in _DENSE_SHARES]
+    for done, (shape, dense) in enumerate(kinds):
         if progress is not None:
             progress(done, len(kinds))
-        choice = _most_kept(bench, space, goal, shape, dense, exempt)
+        choice = _most_kept(bench, space, goal, shape, dense, exempt_first_last)
         if choice is not None:
             found.append(choice)
     if progress is not None:
