@@ -277,8 +277,7 @@ def alternate(
         progress(len(starts), len(starts))
     eligible = [step for step in search.steps if not step.problem]
     if not eligible:
-        names = tuple(space.machine.axes)
-        tried = {machine_label(step.machine, names): step.problem for step in search.steps}
+        tried = {machine_label(step.machine, space.varied): step.problem for step in search.steps}
         raise InputError("codesign", [Problem(label, problem) for label, problem in tried.items()])
     return Alternation(
         tuple(search.steps), tuple(endings), min(eligible, key=search.rank), len(machines), len(refused)
@@ -305,7 +304,7 @@ class _Search:
         self.bench = bench
         self.steps: list[Step] = []
         self._limits = space.constraints.limits()
-        self._names = tuple(space.machine.axes)
+        self._names = space.varied
         self._met: dict[Machine, int] = {}
 
     def rank(self, step: Step) -> tuple[float, ...]:

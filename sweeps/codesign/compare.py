@@ -22,13 +22,15 @@ class Paired:
     ----------
     mean, low, high : float
         The interval of Student's t at 95 %; NaN at both ends for a single pair.
-    count : int
+    count, positive : int
+        Pairs, and those whose difference is above zero.
     """
 
     mean: float
     low: float
     high: float
     count: int
+    positive: int
 
 
 def paired(differences: Sequence[float]) -> Paired:
@@ -47,12 +49,13 @@ def paired(differences: Sequence[float]) -> Paired:
 
     count = len(differences)
     mean = float(np.mean(differences))
+    positive = sum(difference > 0 for difference in differences)
     if count < 2:
-        return Paired(mean, math.nan, math.nan, count)
+        return Paired(mean, math.nan, math.nan, count, positive)
     half = (
         float(t.ppf((1 + _CONFIDENCE) / 2, count - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(count)
     )
-    return Paired(mean, mean - half, mean + half, count)
+    return Paired(mean, mean - half, mean + half, count, positive)
 
 
 @dataclass(frozen=True)

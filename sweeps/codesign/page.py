@@ -40,7 +40,7 @@ def store_study(path: Path, study: Study, space: CoDesignSpace, folder: Path) ->
     InputError
         No goal has a seed with both methods.
     """
-    rows = collect(study, folder)
+    rows = collect(study, space, folder)
     if not _goals(rows):
         raise InputError(str(folder), "no run of both methods with one seed and budget; train some first")
     content = {
@@ -289,7 +289,9 @@ def _interval(found: Paired | None) -> str:
 
 
 def _equal_accuracy(rows: Sequence[dict[str, Any]]) -> str:
-    found = speed_ups(_compared(rows), "codesign", "rival")
+    curves = [row | {"side": "codesign"} for row in rows if row["method"] == "codesign"]
+    rivals = [row for row in _compared(rows) if row["side"] == "rival"]
+    found = speed_ups([*curves, *rivals], "codesign", "rival")
     lines = []
     for _, limit, seeds in _goals(rows):
         of_limit = [each for each in found if each.limit == limit]
@@ -382,11 +384,13 @@ def _verdict(rows: Sequence[dict[str, Any]]) -> str:
         elif found.count < 2:
             word = "one seed only, which shows nothing"
         elif found.low > 0:
-            word = "co-design keeps more accuracy; the interval excludes zero"
+            word = "co-design keeps more accuracy, the interval excludes zero"
         elif found.high < 0:
-            word = "uniform ratios keep more; the interval excludes zero"
+            word = "uniform ratios keep more, the interval excludes zero"
         else:
-            word = "the interval includes zero: no difference is shown"
-        shown = "" if found is None else f"{_interval(found)} points; "
+            word = "the interval includes zero, so by the seeds alone a mean difference is not shown"
+        shown = ""
+        if found is not None:
+            shown = f"{_interval(found)} points, above zero with {found.positive} of {found.count} seeds; "
         parts.append(f"- {limit:g} µs: {shown}{word}.")
     return "\n".join(parts)

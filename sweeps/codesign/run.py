@@ -165,7 +165,7 @@ def _chosen(folder: Path, network: Network, space: CoDesignSpace, goal: Goal, te
     done = alternate(
         network, space, goal, progress=lambda starts, total: tell("choosing machine and plan", starts, total)
     )
-    names = tuple(space.machine.axes)
+    names = space.varied
     rows = [step.row(names) for step in done.steps]
     winner = done.best.machine.with_fields({"name": f"{space.name}-{goal.quantity}-{goal.limit:g}"[:200]})
     write_atomically(folder / MACHINE, machine_toml(winner).encode())
@@ -292,7 +292,7 @@ def _result(
     best = cheapest(figures, goal, space.constraints.limits())
     better = figures[best] if best is not None else own
     assert better is not None
-    names = tuple(space.machine.axes)
+    names = space.varied
     limits = space.constraints.limits() | _goal_limits(goal)
     spent = artifact.results["budget"]
     accuracy = {

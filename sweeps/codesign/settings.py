@@ -207,6 +207,11 @@ class CoDesignSpace(_Part):
         """The block shapes as numbers."""
         return tuple(_shape(text) for text in self.blocks)
 
+    @property
+    def varied(self) -> tuple[str, ...]:
+        """The machine fields in which machines differ."""
+        return tuple(name for name, values in self.machine.axes.items() if len(values) > 1)
+
     def shapes_for(self, machine: Machine) -> list[tuple[int, int]]:
         """The block shapes that a machine can run, its native one first."""
         native = machine.array.block
@@ -241,7 +246,7 @@ class CoDesignSpace(_Part):
                 area = area_mm2(machine)
                 if area > limit_mm2:
                     refused.append(
-                        f"{machine_label(machine, names)}: {area:.4g} mm², {area - limit_mm2:.3g} over the limit"
+                        f"{machine_label(machine, self.varied)}: {area:.4g} mm², {area - limit_mm2:.3g} over the limit"
                     )
                 else:
                     found[machine] = None

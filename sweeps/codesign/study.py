@@ -100,9 +100,8 @@ def run_study(
     folder: str | Path,
     *,
     tell: Callable[[str, float, float], None] | None = None,
-    after: Callable[[], None] | None = None,
 ) -> None:
-    """Run what is missing of a study: every goal with all seeds before the next one.
+    """Run what is missing of a study: a goal with all methods and seeds before the next one.
 
     Parameters
     ----------
@@ -112,26 +111,22 @@ def run_study(
         One folder per run in ``runs``; dense networks in ``dense``. A run that was stopped goes on.
     tell : callable, optional
         As `sweeps.codesign.run.codesign`.
-    after : callable, optional
-        Called after every run.
     """
     folder = Path(folder)
     tell = tell or (lambda doing, done, total: None)
     for goal in study.goals:
-        for seed in study.seeds:
-            images = images_of(space, seed)
-            checkpoint = dense_network(folder, study.network, space, seed, tell)
-            for method in METHODS:
+        for method in METHODS:
+            for seed in study.seeds:
                 path = run_folder(folder, goal, seed, method)
                 if (path / RESULT).exists():
                     continue
+                images = images_of(space, seed)
+                checkpoint = dense_network(folder, study.network, space, seed, tell)
                 if method == "codesign":
                     codesign(checkpoint, images, space, goal, path, seed=seed, tell=tell)
                 else:
                     inner = method == "uniform-inner"
                     uniform(checkpoint, images, space, goal, path, inner_only=inner, seed=seed, tell=tell)
-                if after is not None:
-                    after()
 
 
 def run_folder(folder: Path, goal: Goal, seed: int, method: str) -> Path:
@@ -174,9 +169,8 @@ def uniform(
                 progress=lambda done, total: tell("choosing uniform ratios", done, total),
             )
         except InputError as error:
-            result = {"infeasible": str(error)}
-            write_json(folder / RESULT, result)
-            return result
+            write_json(folder / RESULT, {"infeasible": str(error)})
+            return {"infeasible": str(error)}
         write_atomically(folder / MACHINE, machine_toml(choice.machine).encode())
         found = {
             "config": choice.config.model_dump(mode="json"),
@@ -190,7 +184,7 @@ def uniform(
     report.save(folder / REPORT)
     summary = report.summary
     result = {
-        "machine": machine_label(machine, tuple(space.machine.axes)),
+        "machine": machine_label(machine, space.varied),
         "ratios": {
             name: found["config"][name] for name in ("block", "pruned", "unified", "exempt_first_last")
         },
@@ -215,7 +209,7 @@ def uniform(
     return result
 
 
-def collect(study: Study, folder: str | Path) -> list[dict[str, Any]]:
+def collect(study: Study, space: CoDesignSpace, folder: str | Path) -> list[dict[str, Any]]:
     """The results that are there, one row per run."""
     rows = []
     for goal in study.goals:
@@ -228,7 +222,8 @@ def collect(study: Study, folder: str | Path) -> list[dict[str, Any]]:
                 row = {"goal": goal.quantity, "limit": goal.limit, "seed": seed, "method": method, **result}
                 alternation = read_json(path / ALTERNATION)
                 if alternation is not None:
-                    best = alternation["best"]
-                    row |= {"damage": best["damage"], "blocks": best["blocks"], "plan": alternation["plan"]}
+                    row |= {"damage": alternation["best"]["damage"], "plan": alternation["plan"]}
+                if "infeasible" not in row:
+                    row["machine"] = machine_label(load_machine(path / MACHINE), space.varied)
                 rows.append(row)
     return rows
