@@ -54,6 +54,7 @@ def codesign(
     import torch
 
     from compress import zoo
+    from compress.container import check_writable
     from compress.train import load_checkpoint
     from hwsim.errors import InputError
     from sweeps.codesign.run import codesign as run
@@ -79,6 +80,7 @@ def codesign(
     if problems:
         raise InputError("codesign", problems)
     folder = out or Path("results/codesign")
+    check_writable(folder / "asked.json")
     images = images_of(asked["space"], seed)
     with _bar() as tell:
         dense = asked["network"] if is_file else dense_network(folder, network, asked["space"], seed, tell)
@@ -192,8 +194,8 @@ def _bar() -> Iterator[Callable[[str, float, float], None]]:
 
         def tell(doing: str, done: float, total: float) -> None:
             nonlocal told, phase
-            if doing.partition(",")[0] != phase:  # a new phase has an estimate of its own
-                phase = doing.partition(",")[0]
+            if doing.partition(",")[0] != phase:
+                phase = doing.partition(",")[0]  # a new phase has an estimate of its own
                 bar.reset(task)
             bar.update(task, description=doing, completed=done, total=total)
             if not console.is_terminal and doing != told:

@@ -370,8 +370,9 @@ class _Search:
             return Step(start, number, machine, None, math.inf, None, str(error)), None
         figures = self.bench.measure_plan(plan)
         own = figures[self.bench.machines.index(machine)]
-        excess = own.excess(self._limits) if own is not None else []
-        step = Step(start, number, machine, plan, damage_of(plan), own, "; ".join(excess))
+        assert own is not None  # the shapes were chosen for its native block
+        problem = own.error or "; ".join(own.excess(self._limits))
+        step = Step(start, number, machine, plan, damage_of(plan), own, problem)
         best = cheapest(figures, self.goal, self._limits)
         # Where no machine keeps all limits with this plan, the alternation has nowhere to go.
         return step, None if best is None else self.bench.machines[best]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from compress.rules import parse_config
 from compress.run_state import digest
 from compress.subjects import file_subject
 from compress.train import Checkpoint, load_checkpoint
-from hwsim.errors import InputError
+from hwsim.errors import InputError, Problem
 from hwsim.files import write_atomically
 from hwsim.machine import load_machine
 from hwsim.report import package_versions
@@ -50,13 +49,30 @@ class Study:
     network : str
         Of the zoo.
     goals : tuple of Goal
-        In the order in which they are run.
+        Latencies (``latency_us``), in the order in which they are run.
     seeds : tuple of int
+
+    Raises
+    ------
+    InputError
+        Another quantity, or a goal or seed twice.
     """
 
     network: str
     goals: tuple[Goal, ...]
     seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        problems = [
+            Problem(goal.quantity, "the study compares at equal latency", "latency_us")
+            for goal in self.goals
+            if goal.quantity != "latency_us"
+        ]
+        for name, values in (("goals", self.goals), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                problems.append(Problem(name, "must be at least one, and every one once"))
+        if problems:
+            raise InputError("study", problems)
 
 
 def images_of(space: CoDesignSpace, seed: int) -> Dataset:
@@ -99,7 +115,7 @@ def run_study(
     space: CoDesignSpace,
     folder: str | Path,
     *,
-    tell: Callable[[str, float, float], None] | None = None,
+    tell: Tell | None = None,
 ) -> None:
     """Run what is missing of a study: a goal with all methods and seeds before the next one.
 
@@ -114,24 +130,31 @@ def run_study(
     """
     folder = Path(folder)
     tell = tell or (lambda doing, done, total: None)
-    for goal in study.goals:
-        for method in METHODS:
-            for seed in study.seeds:
-                path = run_folder(folder, goal, seed, method)
-                if (path / RESULT).exists():
-                    continue
-                images = images_of(space, seed)
-                checkpoint = dense_network(folder, study.network, space, seed, tell)
-                if method == "codesign":
-                    codesign(checkpoint, images, space, goal, path, seed=seed, tell=tell)
-                else:
-                    inner = method == "uniform-inner"
-                    uniform(checkpoint, images, space, goal, path, inner_only=inner, seed=seed, tell=tell)
+    missing = [
+        (goal, method, seed)
+        for goal in study.goals
+        for method in METHODS
+        for seed in study.seeds
+        if not (run_folder(folder, goal, seed, method) / RESULT).exists()
+    ]
+    for number, (goal, method, seed) in enumerate(missing, 1):
+
+        def told(doing: str, done: float, total: float, number: int = number) -> None:
+            tell(f"run {number}/{len(missing)}: {doing}", done, total)
+
+        path = run_folder(folder, goal, seed, method)
+        images = images_of(space, seed)
+        checkpoint = dense_network(folder, study.network, space, seed, told)
+        if method == "codesign":
+            codesign(checkpoint, images, space, goal, path, seed=seed, tell=told)
+        else:
+            inner = method == "uniform-inner"
+            uniform(checkpoint, images, space, goal, path, inner_only=inner, seed=seed, tell=told)
 
 
 def run_folder(folder: Path, goal: Goal, seed: int, method: str) -> Path:
     """Where one run lies."""
-    return folder / "runs" / f"{goal.quantity}-{goal.limit:g}-{seed}-{method}"
+    return folder / "runs" / f"{goal.quantity}-{goal.limit:.12g}-{seed}-{method}"
 
 
 def uniform(

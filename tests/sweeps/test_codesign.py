@@ -34,7 +34,7 @@ from sweeps.codesign.settings import (
     parse_codesign_space,
     parse_goal,
 )
-from sweeps.codesign.study import images_of
+from sweeps.codesign.study import Study, images_of
 from sweeps.codesign.uniform import best_uniform
 
 TINY = {
@@ -464,6 +464,40 @@ def test_the_page_is_what_its_numbers_say(tmp_path: Path) -> None:
     write_page(study, tmp_path / "codesign.md")
     assert (tmp_path / "codesign.md").read_text("utf-8") == (DOCS / "codesign.md").read_text("utf-8")
     assert "{{" not in (DOCS / "codesign.md").read_text("utf-8")
+
+
+def test_a_study_goes_on_and_writes_its_page(tmp_path: Path) -> None:
+    space = tmp_path / "space.toml"
+    training = "\n".join(f"{name} = {json.dumps(value)}" for name, value in TINY.items())
+    space.write_text(
+        'blocks = ["8x8"]\n[machine]\nbase = "msa-8x8"\n[training]\n'
+        + training.replace("_epochs = 2", "_epochs = 1")
+    )
+    arguments = ["codesign-study", "--network", "lenet300", "--seeds", "2", "--space", str(space)]
+    arguments += [
+        "--budget",
+        "latency_us=6",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "page.md"),
+    ]
+    CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    page = (tmp_path / "page.md").read_text("utf-8")
+    assert "2 seeds at every budget" in page
+    assert "{{" not in page
+    assert (tmp_path / "images" / "codesign.png").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+    assert before
+    CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert (tmp_path / "page.md").read_text("utf-8") == page
+
+
+def test_a_study_is_of_latencies() -> None:
+    with pytest.raises(InputError) as caught:
+        Study("lenet5", (Goal("energy_pj", 1e6),), (0, 0))
+    assert len(caught.value.problems) == 2
 
 
 def test_a_page_without_numbers(tmp_path: Path) -> None:
