@@ -64,7 +64,7 @@ def codesign(
     torch.set_num_threads(1)  # batches this small gain little from a second thread
     logging.getLogger("compress").addHandler(logging.NullHandler())  # warnings are printed at the end
     problems = []
-    is_file = Path(network).suffix == ".safetensors" or Path(network).exists()
+    is_file = Path(network).suffix == ".safetensors" or Path(network).is_file()
     asked: dict[str, Any] = {}
     for name, make in (
         ("budget", lambda: parse_goal(budget)),

@@ -133,7 +133,7 @@ def codesign(
         folder,
         seed=seed,
         budget=goal.budget(machine),
-        weighing=space,
+        space=space,
         tell=tell,
     )
     report = file_subject(folder / ARTIFACT, machine, 1).simulate()
@@ -223,7 +223,7 @@ def train_on(
     *,
     seed: int,
     budget: Budget | None = None,
-    weighing: CoDesignSpace | None = None,
+    space: CoDesignSpace | None = None,
     tell: Tell,
 ) -> Artifact:
     """The compressed network of a configuration for a machine, trained by ADMM and retraining; kept in ``folder``.
@@ -234,7 +234,8 @@ def train_on(
     machine : Machine
         For its number formats.
     budget : Budget, optional
-        With ``weighing``: blocks are dealt out within it, by its weighing and among the shapes that the machine can run.
+    space : CoDesignSpace, optional
+        Blocks are dealt out within it, by the weighing of ``space`` and among its shapes that the machine can run.
     """
     path = folder / ARTIFACT
     if path.exists():
@@ -251,9 +252,9 @@ def train_on(
         data,
         config,
         recipe_of(training, seed),
-        allocation=None if weighing is None else weighing.weighing,
+        allocation=None if space is None else space.weighing,
         budget=budget,
-        blocks=() if weighing is None else weighing.shapes_for(machine),
+        blocks=() if space is None else space.shapes_for(machine),
         activation_bits=machine.precision.activation_bits,
         accumulator_bits=machine.precision.accumulator_bits,
         calibration_images=CALIBRATION_IMAGES,
