@@ -31,7 +31,17 @@ from hwsim.layer import DENSE, Layer
 from hwsim.machine import Machine
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 
-__all__ = ["Alternation", "Figures", "Network", "Step", "alternate", "compression_config", "exhaustive"]
+__all__ = [
+    "Alternation",
+    "Bench",
+    "Figures",
+    "Network",
+    "Step",
+    "alternate",
+    "cheapest",
+    "compression_config",
+    "exhaustive",
+]
 
 _MOST_STEPS = 50
 """Of one start; a space of so many machines that all take their turn has not been seen."""

@@ -214,14 +214,14 @@ def _text(study: Mapping[str, Any], plot: Plot) -> str:
     trained = [row for row in rows if row["method"] == "codesign"]
     seeds = {limit: kept for _, limit, kept in goals}
     held = sorted({tuple(kept) for kept in seeds.values()})
+    missing = [goal["limit"] for goal in study["goals"] if goal["limit"] not in seeds]
     state = (
         f"{len(held[0])} seeds at every budget"
-        if len(held) == 1
+        if len(held) == 1 and not missing
         else "; ".join(f"{limit:g} µs: {len(kept)} seeds" for limit, kept in seeds.items())
     )
-    missing = [goal["limit"] for goal in study["goals"] if goal["limit"] not in seeds]
     if missing:
-        state += "; not run yet: " + ", ".join(f"{limit:g} µs" for limit in missing)
+        state += "; not complete yet: " + ", ".join(f"{limit:g} µs" for limit in missing)
     values = {
         "network": study["network"],
         "state": state,
@@ -313,9 +313,10 @@ def _mean_factor(found: Sequence[SpeedUp]) -> str:
     if len(factors) < len(found):
         return f"reached by {len(factors)} of {len(found)}"
     result = paired(factors)
-    bound = "≥ " if any(each.is_bound for each in found) else ""
+    if any(each.is_bound for each in found):  # a spread of bounds is no spread of factors
+        return f"≥ {result.mean:.2f}×"
     if result.count < 2:
-        return f"{bound}{result.mean:.2f}×"
+        return f"{result.mean:.2f}×"
     return f"{bound}{result.mean:.2f}× ({result.low:.2f} to {result.high:.2f})"
 
 

@@ -25,7 +25,16 @@ from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.machine import Machine, preset_names, validation_problems
 from sweeps.space import Hold, MachineSpace, Training, machine_for_block
 
-__all__ = ["CoDesignSpace", "Goal", "Weighing", "load_codesign_space", "parse_codesign_space", "parse_goal"]
+__all__ = [
+    "CoDesignSpace",
+    "Constraints",
+    "Goal",
+    "Weighing",
+    "load_codesign_space",
+    "machine_label",
+    "parse_codesign_space",
+    "parse_goal",
+]
 
 GoalQuantity = Literal["latency_us", "latency_cycles", "energy_pj", "image_bytes", "file_bytes"]
 GOALS: tuple[GoalQuantity, ...] = get_args(GoalQuantity)
