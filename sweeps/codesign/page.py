@@ -115,14 +115,11 @@ def differences(rows: Sequence[dict[str, Any]]) -> list[tuple[float, Paired | No
 
 
 def _compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of both sides at all budgets that are complete, co-design's and its rivals'."""
-    found = []
+    """All runs of co-design, which are its curve, and its rivals at the budgets that are complete."""
+    found = [row | {"side": "codesign"} for row in rows if row["method"] == "codesign"]
     for _, limit, seeds in _goals(rows):
-        for seed in seeds:
-            found.append(_row_of(rows, limit, seed, "codesign") | {"side": "codesign"})
-            rival = rival_of(rows, limit, seed)
-            if rival is not None:
-                found.append(rival | {"side": "rival"})
+        rivals = [rival_of(rows, limit, seed) for seed in seeds]
+        found += [rival | {"side": "rival"} for rival in rivals if rival is not None]
     return found
 
 
@@ -289,9 +286,7 @@ def _interval(found: Paired | None) -> str:
 
 
 def _equal_accuracy(rows: Sequence[dict[str, Any]]) -> str:
-    curves = [row | {"side": "codesign"} for row in rows if row["method"] == "codesign"]
-    rivals = [row for row in _compared(rows) if row["side"] == "rival"]
-    found = speed_ups([*curves, *rivals], "codesign", "rival")
+    found = speed_ups(_compared(rows), "codesign", "rival")
     lines = []
     for _, limit, seeds in _goals(rows):
         of_limit = [each for each in found if each.limit == limit]
@@ -317,7 +312,7 @@ def _mean_factor(found: Sequence[SpeedUp]) -> str:
         return f"≥ {result.mean:.2f}×"
     if result.count < 2:
         return f"{result.mean:.2f}×"
-    return f"{bound}{result.mean:.2f}× ({result.low:.2f} to {result.high:.2f})"
+    return f"{result.mean:.2f}× ({result.low:.2f} to {result.high:.2f})"
 
 
 def _plan_and_trained(rows: Sequence[dict[str, Any]]) -> str:
