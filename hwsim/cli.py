@@ -55,6 +55,14 @@ _COMMANDS = {
         "Find the Pareto front of a design space without evaluating all of it.",
     ),
     "search-proof": ("sweeps.cli_search:search_proof", "Compare searches with the enumeration of a space."),
+    "codesign": (
+        "sweeps.cli_codesign:codesign",
+        "Machine and compression chosen together within a budget, then trained.",
+    ),
+    "codesign-study": (
+        "sweeps.cli_codesign:codesign_study",
+        "Co-design against uniform ratios at equal latency: table and figure.",
+    ),
     "query": ("sweeps.cli:query", "Ask the results of a sweep in SQL."),
     "explain": ("sweeps.cli_answers:explain", "Where the cycles went, and what would help, measured."),
     "diff": ("sweeps.cli_answers:diff", "What changed between two results or machines, per layer."),
