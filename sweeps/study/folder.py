@@ -93,7 +93,9 @@ def result_from_json(data: Any, source: str) -> Result:
     if not isinstance(data, dict) or data.get("format") != RESULT_FORMAT:
         raise FormatError(source, f"is no {RESULT_FORMAT} document")
     if data.get("version") != RESULT_VERSION:
-        raise FormatError(source, f"version {data.get('version')}; this program reads version {RESULT_VERSION}")
+        raise FormatError(
+            source, f"version {data.get('version')}; this program reads version {RESULT_VERSION}"
+        )
     values = {name: value for name, value in data.items() if name not in ("format", "version", "key")}
     try:
         result = Result(**{**values, "run": run_from_json(values["run"], source)})

@@ -86,7 +86,9 @@ def read_crepe(path: str | Path) -> dict[str, Tensor]:
         if name == "classifier.weight":  # theirs reads position by position, ours channel by channel
             value = value.reshape(BINS, _LAST_POSITIONS, -1).transpose(1, 2)
         if value.numel() != values.numel():
-            raise FormatError(str(path), f"{theirs} has shape {tuple(value.shape)}, not {tuple(values.shape)}")
+            raise FormatError(
+                str(path), f"{theirs} has shape {tuple(value.shape)}, not {tuple(values.shape)}"
+            )
         found[name] = value.reshape(values.shape).contiguous()
     return found
 

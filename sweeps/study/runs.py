@@ -38,7 +38,7 @@ METHODS = {
     "int8": Method("int8", "the start network rounded to 8 bits, no training"),
     "rounded": Method("int8, coarser", "int8, then rounded by rate and distortion, no training"),
     "int8-trained": Method("int8, trained", "the recipe of the compressed networks with nothing compressed but the width"),
-    "unstructured": Method("single weights", "ADMM that prunes single weights, layer budgets by one ranking; the rest in 8 bits"),
+    "unstructured": Method("single weights", "ADMM that prunes single weights, layers by one ranking; the rest in 8 bits"),
     "channels": Method("channels", "the filters and neurons of least norm taken out, then the same retraining; 8 bits"),
     "pruned": Method("blocks pruned", "blocks pruned, the rest in 8 bits"),
     "unified": Method("blocks unified", "blocks unified, the rest in 8 bits"),
@@ -70,7 +70,8 @@ class Training:
         Of the distillation of classes.
     batch_size : int
     max_loss : float
-        Nats of calibration loss that coarser integers may cost at the end; 0: 8 bits stay as trained.
+        Nats of calibration loss that coarser integers may cost at the end; 0: 8 bits stay as trained. Of runs without
+        ``target_bytes``.
     train_images : int
         The first so many, 0: all.
     held_out : bool
@@ -88,7 +89,7 @@ class Training:
     ramp_updates: int = 0
     distill: float = 0.5
     temperature: float = 4.0
-    batch_size: int = 64
+    batch_size: int = 128
     max_loss: float = 0.0
     train_images: int = 0
     held_out: bool = False
@@ -125,6 +126,8 @@ class Run:
         Whether the first and the last layer stay dense.
     width : float
         Share of the channels that stay; 1: no channel pruning.
+    target_bytes : int
+        Integers are made coarser after training until the file has at most so many bytes; 0: no target.
     training : Training
 
     Raises
@@ -145,6 +148,7 @@ class Run:
     permute: bool = False
     exempt_first_last: bool = True
     width: float = 1.0
+    target_bytes: int = 0
     training: Training = field(default_factory=Training)
 
     def __post_init__(self) -> None:
@@ -155,6 +159,8 @@ class Run:
             problems.append(Problem("seed", f"{self.seed}, must be at least 0"))
         if not 0 < self.width <= 1:
             problems.append(Problem("width", f"{self.width}, must be above 0 and at most 1"))
+        if self.target_bytes < 0:
+            problems.append(Problem("target_bytes", f"{self.target_bytes}, must be at least 0"))
         if not (0 <= self.pruned <= 1 and 0 <= self.unified <= 1 and self.pruned + self.unified <= 1 + 1e-9):
             problems.append(Problem("pruned, unified", f"{self.pruned}, {self.unified}: shares of one whole"))
         if self.training.dense_epochs < 0 or self.training.batch_size < 1 or not self.training.lr > 0:
@@ -185,7 +191,11 @@ class Run:
         """Epochs that this run trains itself, the start network not counted."""
         if self.method == "dense":
             return self.training.epochs
-        return 0 if self.method in ("start", "int8", "rounded") else self.training.epochs - self.training.dense_epochs
+        return (
+            0
+            if self.method in ("start", "int8", "rounded")
+            else self.training.epochs - self.training.dense_epochs
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; `run_from_json` is the inverse."""
