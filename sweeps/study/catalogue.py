@@ -58,21 +58,20 @@ def _joint(seed: int, index: int, block: tuple[int, int]) -> Run:
     return _lenet5("joint", seed, index, block=block, pruned=share, unified=round(1 - share, 6))
 
 
+def _unstructured(seed: int, index: int) -> Run:
+    share = UNSTRUCTURED[index]
+    ranked = {"block": (1, 1), "allocation": "magnitude", "exempt_first_last": False}
+    return _lenet5("unstructured", seed, index, pruned=share, **ranked)
+
+
 def _lenet5_first(seed: int) -> Iterator[Run]:
     yield _lenet5("start", seed)
-    yield _lenet5("dense", seed)
     yield _lenet5("int8", seed)
     for index in range(len(POINTS)):
         yield _budget(seed, index, (4, 4))
-        yield _lenet5(
-            "unstructured",
-            seed,
-            index,
-            block=(1, 1),
-            pruned=UNSTRUCTURED[index],
-            allocation="magnitude",
-            exempt_first_last=False,
-        )
+    yield _lenet5("dense", seed)
+    for index in range(len(POINTS)):
+        yield _unstructured(seed, index)
         yield _joint(seed, index, (4, 4))
         yield _lenet5("pruned", seed, index, pruned=PRUNED[index])
         yield _lenet5("channels", seed, index, width=WIDTHS[index])
@@ -126,13 +125,16 @@ def ablation() -> Iterator[Run]:
             training = full.training
             everything = training.admm_epochs + training.retrain_epochs
             yield full
-            yield replace(full, training=replace(training, distill=0.0))
-            # As many epochs altogether, all of them behind a one-shot projection.
-            yield replace(full, training=replace(training, admm_epochs=0, retrain_epochs=everything))
-            yield replace(full, training=replace(training, admm_epochs=everything, retrain_epochs=0))
-            yield replace(full, permute=False)
-            yield replace(_joint(seed, index, (4, 4)), permute=True)
-            yield replace(full, training=replace(training, admm_epochs=0, retrain_epochs=0))
+            for variant, changes in (
+                ("no distillation", {"distill": 0.0}),
+                ("no ADMM, longer retraining", {"admm_epochs": 0, "retrain_epochs": everything}),
+                ("no retraining, longer ADMM", {"admm_epochs": everything, "retrain_epochs": 0}),
+                ("neither: one-shot projection", {"admm_epochs": 0, "retrain_epochs": 0}),
+            ):
+                yield replace(full, variant=variant, training=replace(training, **changes))
+            yield replace(full, variant="no permutation", permute=False)
+            joint = _joint(seed, index, (4, 4))
+            yield replace(joint, method="budget", variant="no budget: one ratio", permute=True)
 
 
 def generality() -> Iterator[Run]:
@@ -162,20 +164,17 @@ def recipe_choice() -> Iterator[Run]:
     """What the recipe was chosen by: trained without the last 5,000 training images, measured on them; a seed of its own."""
     for index in range(len(POINTS)):
         full = _budget(100, index, (4, 4))
-        held_out = replace(full.training, held_out=True)
-        yield replace(
-            full, method="start", point="", budget="", permute=False, target_bytes=0, training=held_out
-        )
-        for training in (
-            held_out,
-            replace(held_out, distill=0.0),
-            replace(held_out, distill=0.8),
-            replace(held_out, lr=2e-3),
-            replace(held_out, rho=1e-1),
-            replace(held_out, admm_epochs=2, retrain_epochs=10),
-            replace(held_out, dense_epochs=12),
+        full = replace(full, training=replace(full.training, held_out=True))
+        yield replace(full, variant="as chosen")
+        for variant, changes in (
+            ("no distillation", {"distill": 0.0}),
+            ("distillation 0.8", {"distill": 0.8}),
+            ("learning rate 2e-3", {"lr": 2e-3}),
+            ("rho from 0.1", {"rho": 0.1}),
+            ("2 + 10 epochs", {"admm_epochs": 2, "retrain_epochs": 10}),
+            ("start of 12 epochs", {"dense_epochs": 12}),
         ):
-            yield replace(full, training=training)
+            yield replace(full, variant=variant, training=replace(full.training, **changes))
 
 
 def _distinct(runs: Callable[[], Iterator[Run]]) -> Callable[[], list[Run]]:

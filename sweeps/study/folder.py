@@ -3,7 +3,8 @@
 ::
 
     results/KEY.json          one finished run each
-    files/KEY.safetensors     what it made
+    files/KEY.safetensors     what it made; KEY.trained.safetensors: before its integers were made coarser
+    peers/KEY.json            what another coder makes of it
     dense/KEY.safetensors     start networks
     running/KEY/              state of a run that was stopped, to go on from
     running/KEY.lock          held by the process that works on a run
@@ -19,7 +20,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,14 @@ class StudyFolder:
         """Where the compressed network of a run is kept."""
         return self.path / "files" / f"{run.key}.safetensors"
 
+    def trained_path(self, run: Run) -> Path:
+        """Where its integers of 8 bits are kept, as training left them."""
+        return self.path / "files" / f"{run.key}.trained.safetensors"
+
+    def peer_path(self, run: Run) -> Path:
+        """Where the figures of NNCodec are kept."""
+        return self.path / "peers" / f"{run.key}.json"
+
     def dense_path(self, name: str) -> Path:
         """Where a start network is kept."""
         return self.path / "dense" / f"{name}.safetensors"
@@ -175,16 +184,22 @@ class StudyFolder:
             yield True
 
     def results(self) -> list[Result]:
-        """Every result that is there, in the order of their names."""
-        return [_read(path) for path in sorted((self.path / "results").glob("*.json"))]
+        """Every result that is there, in the order of their names; what a peer made of it is under ``details``."""
+        found = []
+        for path in sorted((self.path / "results").glob("*.json")):
+            result = result_from_json(_json(path), str(path))
+            peer = self.peer_path(result.run)
+            if peer.exists():
+                result = replace(result, details=result.details | {"nncodec": _json(peer)})
+            found.append(result)
+        return found
 
 
-def _read(path: Path) -> Result:
+def _json(path: Path) -> Any:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(str(path), f"cannot be read: {error}") from None
-    return result_from_json(data, str(path))
 
 
 def read_results(path: str | Path) -> list[Result]:

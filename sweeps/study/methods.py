@@ -380,6 +380,8 @@ def _measured(
         recipe={"study_run": run.key},
     )
     path = folder.file_path(run)
+    if run.target_bytes:
+        save_artifact(folder.trained_path(run), pack(layers=result.layers))
     layers, details["multiplier"] = _coarser(run, task, model, result.layers, calibration, path, pack)
     file_bytes = save_artifact(path, pack(layers=layers))
     artifact = load_artifact(path)

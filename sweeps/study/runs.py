@@ -114,6 +114,8 @@ class Run:
         Of initial weights, order of the data and everything else that is drawn.
     point : str
         What the run stands for in a table (``"50x"``); the same for all seeds.
+    variant : str
+        In what it differs from the run that it is compared with (``"no distillation"``), in words.
     block : (int, int)
     pruned, unified : float
         Shares of blocks.
@@ -140,6 +142,7 @@ class Run:
     method: str
     seed: int = 0
     point: str = ""
+    variant: str = ""
     block: tuple[int, int] = (4, 4)
     pruned: float = 0.0
     unified: float = 0.0
@@ -181,9 +184,21 @@ class Run:
         return f"{self.block[0]}x{self.block[1]}" if self.method in blocks else ""
 
     @property
+    def group(self) -> tuple[str, ...]:
+        """What runs of different seeds have in common."""
+        return (self.task, self.method, self.shape, self.point, self.variant)
+
+    @property
     def title(self) -> str:
         """A line for people."""
-        parts = (self.task, METHODS[self.method].label, self.shape, self.point, f"seed {self.seed}")
+        parts = (
+            self.task,
+            METHODS[self.method].label,
+            self.shape,
+            self.point,
+            self.variant,
+            f"seed {self.seed}",
+        )
         return ", ".join(part for part in parts if part)
 
     @property
