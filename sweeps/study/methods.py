@@ -29,6 +29,7 @@ from compress.integer import quantize_activations
 from compress.layers import CompressedLayer
 from compress.rate_distortion import (
     MULTIPLIERS,
+    Curvature,
     coarsen_network,
     coarsen_within,
     curvatures,
@@ -406,18 +407,19 @@ def _coarser(
 ) -> tuple[dict[str, CompressedLayer], float]:
     """Integers that keep the run's target or loss, and the multiplier λ that was needed; the model's weights follow."""
     inputs, targets = calibration
-    if run.target_bytes == 0 or not task.is_classification:
+    if run.target_bytes == 0:
         if not run.training.max_loss or not task.is_classification:
             return layers, 0.0
         return coarsen_within(model, layers, inputs, targets.long(), run.training.max_loss, seed=run.seed)
-    curvature = curvatures(model, layers, inputs, seed=run.seed)
+    if task.is_classification:
+        curvature = curvatures(model, layers, inputs, seed=run.seed)
+    else:
+        curvature = {name: _relative(layer) for name, layer in layers.items()}
     round_biases(model, layers)
     if save_artifact(path, pack(layers=layers)) <= run.target_bytes:
         return layers, 0.0
-    low, high = (
-        -1,
-        len(MULTIPLIERS) - 1,
-    )  # the least multiplier whose file is small enough; the largest, if none is
+    # The least multiplier whose file is small enough; the largest, if none is.
+    low, high = -1, len(MULTIPLIERS) - 1
     while high - low > 1:
         middle = (low + high) // 2
         tried = coarsen_network(model, layers, curvature, MULTIPLIERS[middle])
@@ -426,6 +428,13 @@ def _coarser(
         else:
             low = middle
     return coarsen_network(model, layers, curvature, MULTIPLIERS[high]), MULTIPLIERS[high]
+
+
+def _relative(layer: CompressedLayer) -> Curvature:
+    """One over the mean square of a layer's weights: where there are no logits, errors count relative to their layer."""
+    groups, m, k = layer.weights.dense.shape
+    square = float(np.square(layer.float_matrix(), dtype=np.float64).mean())
+    return Curvature.constant(groups, m, k, 1 / max(square, 1e-12))
 
 
 def _details(task: Task, model: nn.Module, result: CompressionResult) -> dict[str, Any]:

@@ -252,6 +252,22 @@ def test_select_by_words() -> None:
     assert select(runs, []) == runs
 
 
+def test_tasks_without_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(48, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    few = Examples((images, images), (images[:16], images[:16]), "noise")
+    task = replace(find_task("autoencoder"), examples=lambda: few)
+    monkeypatch.setattr(tasks, "TASKS", {**tasks.TASKS, "autoencoder": task})
+    training = replace(TINY, batch_size=16, train_images=0)
+    run = replace(JOINT, task="autoencoder", target_bytes=60_000, training=training)  # distilled, too
+    result = execute(run, StudyFolder(tmp_path))
+    assert result.file_bytes <= 60_000
+    assert 0 < result.quality["mse"] < 1
+    assert result.details["multiplier"] > 0
+    assert result.fp32_bytes == catalogue.GENERALITY_FP32["autoencoder"]
+    crepe = sum(values.numel() for values in pitch.crepe_tiny(0).parameters())
+    assert 4 * crepe == catalogue.GENERALITY_FP32["crepe"]
+
+
 # --- channels
 
 
@@ -321,7 +337,7 @@ def test_crepe_takes_frames_and_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tiny\.pth"):
         pitch.read_crepe(path)
     with pytest.raises(InputError, match="--crepe"):
-        execute(Run("crepe", "start", training=TINY), StudyFolder(tmp_path))
+        tasks.pretrained_path(tmp_path, find_task("crepe"))
 
 
 # --- statistics
