@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import lzma
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -76,7 +77,8 @@ def execute(run: Run, folder: StudyFolder, progress: ProgressCallback | None = N
     InputError
         A task or settings that do not fit together.
     """
-    clocks = time.process_time(), time.perf_counter()
+    clock = _Clock(folder.state_folder(run.key) / "seconds.json", progress)
+    progress = clock.tick
     task = find_task(run.task)
     examples = task.examples().for_training(run.training)
     if run.method == "dense":
@@ -88,7 +90,7 @@ def execute(run: Run, folder: StudyFolder, progress: ProgressCallback | None = N
             found = _Found(task.qualities(start, examples.test), _fp32_bytes(start), None, {}, {})
         else:
             found = _compressed(run, task, examples, start, folder, progress)
-    seconds = time.process_time() - clocks[0], time.perf_counter() - clocks[1]
+    seconds = clock.seconds()
     return Result(
         run=run,
         quality=found.quality,
@@ -114,6 +116,28 @@ class _Found:
     image_bytes: int | None
     coders: dict[str, int]
     details: dict[str, Any]
+
+
+class _Clock:
+    """Processor and wall seconds of a run, those before it was stopped too: kept beside its state after every epoch."""
+
+    def __init__(self, path: Path, progress: ProgressCallback | None) -> None:
+        self._path, self._progress = path, progress
+        self._earlier = json.loads(path.read_text()) if path.exists() else [0.0, 0.0]
+        self._start = time.process_time(), time.perf_counter()
+
+    def seconds(self) -> list[float]:
+        """Until now."""
+        now = time.process_time(), time.perf_counter()
+        parts = zip(self._earlier, self._start, now, strict=True)
+        return [float(earlier) + end - start for earlier, start, end in parts]
+
+    def tick(self, progress: Progress) -> None:
+        """After every batch."""
+        if progress.batch == progress.batches:
+            write_atomically(self._path, json.dumps(self.seconds()).encode())
+        if self._progress is not None:
+            self._progress(progress)
 
 
 def _fp32_bytes(model: nn.Module) -> int:

@@ -205,6 +205,12 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_alike(tmp_path: Path) -> None:
         assert epochs[0] == (phase, 2)  # its first epoch was not done again
         assert stopped.file_path(run).read_bytes() == whole.file_path(run).read_bytes()
         assert found.quality == expected.quality
+    # The time before a stop counts.
+    clock = whole.state_folder(run.key) / "seconds.json"
+    clock.parent.mkdir(parents=True, exist_ok=True)
+    clock.write_text("[1000.0, 2000.0]")
+    again = execute(run, whole)
+    assert 1000 < again.seconds < 1500 < 2000 < again.wall_seconds
 
 
 _HOLD = """
