@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from sweeps.study.runs import Run, Training
 
@@ -151,7 +152,7 @@ def generality() -> Iterator[Run]:
             yield run("dense")
             for times, budget in GENERALITY_BUDGETS[task].items():
                 target = GENERALITY_FP32[task] // times
-                spent = {"budget": f"file_bytes={budget}", "target_bytes": target}
+                spent: dict[str, Any] = {"budget": f"file_bytes={budget}", "target_bytes": target}
                 yield run("budget", f"{times}x", permute=True, exempt_first_last=False, **spent)
             yield run("int8")
 
