@@ -455,10 +455,13 @@ def _coarser(
 
 
 def _relative(layer: CompressedLayer) -> Curvature:
-    """One over the mean square of a layer's weights: where there are no logits, errors count relative to their layer."""
+    """Where there are no logits, errors count relative to their layer: a constant over its mean square.
+
+    The constant only shifts λ: it brings useful ones into the middle of `MULTIPLIERS`.
+    """
     groups, m, k = layer.weights.dense.shape
     square = float(np.square(layer.float_matrix(), dtype=np.float64).mean())
-    return Curvature.constant(groups, m, k, 1 / max(square, 1e-12))
+    return Curvature.constant(groups, m, k, 1e-3 / max(square, 1e-12))
 
 
 def _details(task: Task, model: nn.Module, result: CompressionResult) -> dict[str, Any]:
