@@ -71,6 +71,11 @@ _COMMANDS = {
         "Paper plots of the results of a sweep: PDF, PNG, and their data as CSV.",
     ),
     "bench": ("sweeps.bench:bench", "Measure how many points a second this machine evaluates, and why."),
+    "study": ("sweeps.cli_study:study", "Training runs of a published table; resumes where it was stopped."),
+    "study-report": (
+        "sweeps.cli_study:study_report",
+        "The page of results, from the stored runs of a study.",
+    ),
     "report": ("sweeps.cli:report", "One HTML page of the results of a sweep."),
 }
 

@@ -1,0 +1,203 @@
+"""The runs of each study, the most informative first. Edit this file to ask another question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from sweeps.study.runs import Run, Training
+
+__all__ = ["STUDIES", "STUDY_NOTES"]
+
+LENET5_FP32, RESNET20_FP32 = 1_724_320, 1_088_744
+POINTS = {"50x": 50, "100x": 100}
+"""How much smaller than fp32 the file is to be."""
+
+SHAPES = ((4, 4), (1, 4), (8, 8), (16, 1))
+LENET5 = Training(dense_epochs=8, admm_epochs=4, retrain_epochs=8, max_loss=0.01)
+RESNET20 = Training(dense_epochs=10, admm_epochs=3, retrain_epochs=7, max_loss=0.01)
+AUTOENCODER = Training(dense_epochs=6, admm_epochs=3, retrain_epochs=5, distill=0.0)
+CREPE = Training(dense_epochs=3, admm_epochs=2, retrain_epochs=4, distill=0.0, lr=5e-4, lr_dense=5e-4)
+
+# Pruned shares for both points, from short runs: the target is then met by mild rounding.
+JOINT = {(4, 4): (0.5, 0.8), (1, 4): (0.72, 0.88), (8, 8): (0.5, 0.8), (16, 1): (0.5, 0.8)}
+PRUNED = (0.89, 0.955)
+UNSTRUCTURED = (0.93, 0.97)
+WIDTHS = (0.45, 0.32)
+BUDGETS = {
+    (4, 4): (56_000, 28_000),
+    (1, 4): (50_000, 26_000),
+    (8, 8): (54_000, 27_000),
+    (16, 1): (56_000, 28_000),
+}
+
+
+def fashion_mnist() -> Iterator[Run]:
+    """LeNet-5: all methods with seed 0, then the other seeds; then ResNet-20."""
+    for seed in range(5):
+        yield from _lenet5_first(seed)
+        yield from _lenet5_shapes(seed)
+    for seed in range(3):
+        yield from _resnet20(seed)
+
+
+def _lenet5(method: str, seed: int, index: int | None = None, **fields: object) -> Run:
+    point = "" if index is None else list(POINTS)[index]
+    target = 0 if index is None else LENET5_FP32 // POINTS[point]
+    return Run("lenet5", method, seed, point, target_bytes=target, training=LENET5, **fields)  # type: ignore[arg-type]
+
+
+def _budget(seed: int, index: int, block: tuple[int, int]) -> Run:
+    budget = f"file_bytes={BUDGETS[block][index]}"
+    return _lenet5("budget", seed, index, block=block, budget=budget, permute=True, exempt_first_last=False)
+
+
+def _joint(seed: int, index: int, block: tuple[int, int]) -> Run:
+    share = JOINT[block][index]
+    return _lenet5("joint", seed, index, block=block, pruned=share, unified=round(1 - share, 6))
+
+
+def _unstructured(seed: int, index: int) -> Run:
+    share = UNSTRUCTURED[index]
+    ranked = {"block": (1, 1), "allocation": "magnitude", "exempt_first_last": False}
+    return _lenet5("unstructured", seed, index, pruned=share, **ranked)
+
+
+def _lenet5_first(seed: int) -> Iterator[Run]:
+    yield _lenet5("start", seed)
+    yield _lenet5("int8", seed)
+    for index in range(len(POINTS)):
+        yield _budget(seed, index, (4, 4))
+    yield _lenet5("dense", seed)
+    for index in range(len(POINTS)):
+        yield _unstructured(seed, index)
+        yield _joint(seed, index, (4, 4))
+        yield _lenet5("pruned", seed, index, pruned=PRUNED[index])
+        yield _lenet5("channels", seed, index, width=WIDTHS[index])
+    yield _lenet5("binary", seed, unified=1.0)
+    yield _lenet5("unified", seed, unified=0.75)
+    yield _lenet5("rounded", seed)
+    yield _lenet5("int8-trained", seed)
+
+
+def _lenet5_shapes(seed: int) -> Iterator[Run]:
+    for block in SHAPES[1:]:
+        for index in range(len(POINTS)):
+            yield _budget(seed, index, block)
+            yield _joint(seed, index, block)
+        yield _lenet5("binary", seed, unified=1.0, block=block)
+    for block in SHAPES[1:]:
+        for index in range(len(POINTS)):
+            yield _lenet5("pruned", seed, index, pruned=PRUNED[index], block=block)
+        yield _lenet5("unified", seed, unified=0.75, block=block)
+
+
+def _resnet20(seed: int) -> Iterator[Run]:
+    """Three seeds for dense, joint and budget, one for the rest; 20 and 40 times smaller (normalisation stays in fp32)."""
+
+    def run(method: str, times: int = 0, **fields: object) -> Run:
+        target = RESNET20_FP32 // times if times else 0
+        point = f"{times}x" if times else ""
+        return Run("resnet20", method, seed, point, target_bytes=target, training=RESNET20, **fields)  # type: ignore[arg-type]
+
+    yield run("start")
+    yield run("dense")
+    yield run("joint", 20, pruned=0.3, unified=0.7)
+    yield run("budget", 20, budget="file_bytes=80000", permute=True)
+    yield run("budget", 40, budget="file_bytes=36000", permute=True)
+    if seed == 0:
+        yield run("int8")
+        yield run("unstructured", 20, block=(1, 1), pruned=0.85, allocation="magnitude")
+        yield run("channels", 20, width=0.4)
+        yield run("pruned", 20, pruned=0.8)
+        yield run("unified", unified=0.75)
+        yield run("binary", unified=1.0)
+        yield run("rounded")
+        yield run("int8-trained")
+
+
+def ablation() -> Iterator[Run]:
+    """What each part contributes: the full method with one part taken out, LeNet-5, 4×4 blocks, three seeds."""
+    for seed in range(3):
+        for index in range(len(POINTS)):
+            full = _budget(seed, index, (4, 4))
+            training = full.training
+            everything = training.admm_epochs + training.retrain_epochs
+            yield full
+            for variant, changes in (
+                ("no distillation", {"distill": 0.0}),
+                ("no ADMM, longer retraining", {"admm_epochs": 0, "retrain_epochs": everything}),
+                ("no retraining, longer ADMM", {"admm_epochs": everything, "retrain_epochs": 0}),
+                ("neither: one-shot projection", {"admm_epochs": 0, "retrain_epochs": 0}),
+            ):
+                yield replace(full, variant=variant, training=replace(training, **changes))
+            yield replace(full, variant="no permutation", permute=False)
+            joint = _joint(seed, index, (4, 4))
+            yield replace(joint, method="budget", variant="no budget: one ratio", permute=True)
+
+
+def generality() -> Iterator[Run]:
+    """Two more tasks, joint against dense, 20 and 50 times smaller."""
+    for seed in range(3):
+        for task, training in (("autoencoder", AUTOENCODER), ("crepe", CREPE)):
+
+            def run(
+                method: str, point: str = "", task: str = task, training: Training = training, **f: object
+            ) -> Run:
+                return Run(task, method, seed, point, training=training, **f)  # type: ignore[arg-type]  # noqa: B023
+
+            yield run("start")
+            yield run("dense")
+            for times, budget in GENERALITY_BUDGETS[task].items():
+                target = GENERALITY_FP32[task] // times
+                spent: dict[str, Any] = {"budget": f"file_bytes={budget}", "target_bytes": target}
+                yield run("budget", f"{times}x", permute=True, exempt_first_last=False, **spent)
+            yield run("int8")
+
+
+GENERALITY_FP32 = {"autoencoder": 1_768_708, "crepe": 1_946_208}
+GENERALITY_BUDGETS = {"autoencoder": {20: 112_000, 50: 60_000}, "crepe": {20: 110_000, 50: 50_000}}
+"""Estimates of `compress.budget`: above the bytes of the entropy-coded file, and with requantisers, which it does not hold."""
+
+
+def recipe_choice() -> Iterator[Run]:
+    """What the recipe was chosen by: trained without the last 5,000 training images, measured on them; a seed of its own."""
+    for index in range(len(POINTS)):
+        full = _budget(100, index, (4, 4))
+        full = replace(full, training=replace(full.training, held_out=True))
+        yield replace(full, variant="as chosen")
+        for variant, changes in (
+            ("no distillation", {"distill": 0.0}),
+            ("distillation 0.8", {"distill": 0.8}),
+            ("learning rate 2e-3", {"lr": 2e-3}),
+            ("rho from 0.1", {"rho": 0.1}),
+            ("2 + 10 epochs", {"admm_epochs": 2, "retrain_epochs": 10}),
+            ("start of 12 epochs", {"dense_epochs": 12}),
+        ):
+            yield replace(full, variant=variant, training=replace(full.training, **changes))
+
+
+def _distinct(runs: Callable[[], Iterator[Run]]) -> Callable[[], list[Run]]:
+    return lambda: list({run.key: run for run in runs()}.values())
+
+
+STUDIES: Mapping[str, Callable[[], list[Run]]] = MappingProxyType(
+    {
+        "fashion-mnist": _distinct(fashion_mnist),
+        "ablation": _distinct(ablation),
+        "generality": _distinct(generality),
+        "recipe-choice": _distinct(recipe_choice),
+    }
+)
+"""Each study as a function that gives its runs in the order in which they are worth doing."""
+
+STUDY_NOTES = MappingProxyType(
+    {
+        "fashion-mnist": "accuracy against bytes, LeNet-5 and ResNet-20, all methods",
+        "ablation": "what ADMM, budget, permutation, distillation and retraining contribute",
+        "generality": "an autoencoder and CREPE-tiny, dense and compressed 20 and 50 times",
+        "recipe-choice": "the runs on held-out training images that recipes were chosen by",
+    }
+)

