@@ -135,7 +135,7 @@ def train(
 
 
 @click.command(
-    epilog=f"Examples: hwsim {_COMPRESS_EXAMPLE}; without training: hwsim compress lenet5.safetensors --one-shot --all-layers "
+    epilog=f"Example: hwsim {_COMPRESS_EXAMPLE}. Without training: hwsim compress lenet5.safetensors --one-shot --all-layers "
     "--pruned 0.75 --unified 0.25." + _SCALE_EPILOG.format(_COMPRESS_EXAMPLE)
 )
 @click.argument("model", type=click.Path(path_type=Path))
