@@ -371,7 +371,13 @@ def _cross_field_problems(machine: Machine) -> list[Problem]:
 def validation_problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     """Every problem of a pydantic error in the words of this project, with the nearest name for unknown fields."""
     problems: list[Problem] = []
-    for item in error.errors():
+    items = error.errors()
+    for item in items:
+        if item["type"] == "too_short" and any(
+            len(other["loc"]) > len(item["loc"]) and other["loc"][: len(item["loc"])] == item["loc"]
+            for other in items
+        ):
+            continue  # pydantic counts the entries that are right; the wrong ones are told themselves
         location = [str(part) for part in item["loc"]]
         dotted = ".".join(location)
         inner = (item.get("ctx") or {}).get("error")
@@ -472,4 +478,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"cannot be read: {error}") from None
+        raise InputError(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None

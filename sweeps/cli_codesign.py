@@ -57,31 +57,29 @@ def codesign(
     from compress.container import check_writable
     from compress.train import load_checkpoint
     from hwsim.errors import InputError
+    from sweeps.codesign.folder import check_claim
+    from sweeps.codesign.run import ASKED, asked_of
     from sweeps.codesign.run import codesign as run
     from sweeps.codesign.settings import parse_goal
     from sweeps.codesign.study import dense_network, images_of
 
     torch.set_num_threads(1)  # batches this small gain little from a second thread
     logging.getLogger("compress").addHandler(logging.NullHandler())  # warnings are printed at the end
-    problems = []
     is_file = Path(network).suffix == ".safetensors" or Path(network).is_file()
-    asked: dict[str, Any] = {}
-    for name, make in (
-        ("budget", lambda: parse_goal(budget)),
-        ("space", lambda: _space(space, data, quick)),
-        ("network", lambda: load_checkpoint(network) if is_file else zoo.network(network)),
-    ):
-        try:
-            asked[name] = make()
-        except InputError as error:
-            problems += _told(error)
-    if not problems:
-        problems += asked["space"].problems_with(asked["budget"])
-    if problems:
+    asked = _all_of(
+        {
+            "budget": lambda: parse_goal(budget),
+            "space": lambda: _space(space, data, quick),
+            "network": lambda: load_checkpoint(network) if is_file else zoo.network(network),
+        }
+    )
+    if problems := asked["space"].problems_with(asked["budget"]):
         raise InputError("codesign", problems)
     folder = out or Path("results/codesign")
-    check_writable(folder / "asked.json")
+    check_writable(folder / ASKED)
     images = images_of(asked["space"], seed)
+    name = asked["network"].network if is_file else network
+    check_claim(folder / ASKED, asked_of(name, images, asked["space"], asked["budget"], seed))
     with _bar() as tell:
         dense = asked["network"] if is_file else dense_network(folder, network, asked["space"], seed, tell)
         outcome = run(dense, images, asked["space"], asked["budget"], folder, seed=seed, tell=tell)
@@ -134,6 +132,7 @@ def codesign_study(
 
     import torch
 
+    from compress import zoo
     from sweeps.codesign.page import load_study, store_study, write_page
     from sweeps.codesign.settings import parse_goal
     from sweeps.codesign.study import Study, run_study
@@ -142,8 +141,14 @@ def codesign_study(
     if runs is not None:
         torch.set_num_threads(1)
         logging.getLogger("compress").setLevel(logging.ERROR)
-        study = Study(network, tuple(parse_goal(text) for text in budgets), tuple(range(seeds)))
-        loaded = _space(space, None, False)
+        asked = _all_of(
+            {
+                "budgets": lambda: Study(network, tuple(map(parse_goal, budgets)), tuple(range(seeds))),
+                "space": lambda: _space(space, None, False),
+                "network": lambda: zoo.network(network),
+            }
+        )
+        study, loaded = asked["budgets"], asked["space"]
         if not stored_only:
             with _bar() as tell:
                 run_study(study, loaded, runs, tell=tell)
@@ -163,14 +168,25 @@ def _space(path: Path | None, data: str | None, quick: bool) -> CoDesignSpace:
         return load_codesign_space(path or shipped, changes)
 
 
-def _told(error: Any) -> list[Any]:
-    """The problems of one input, as problems of the command."""
-    from hwsim.errors import Problem
+def _all_of(makers: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What each of some functions makes; the problems of all are told at once."""
+    from hwsim.errors import InputError, Problem
 
-    return [
-        Problem(f"{error.source}: {item.field}" if item.field else error.source, item.message, item.hint)
-        for item in error.problems
-    ]
+    made: dict[str, Any] = {}
+    problems = []
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except InputError as error:
+            problems += [
+                Problem(
+                    f"{error.source}: {item.field}" if item.field else error.source, item.message, item.hint
+                )
+                for item in error.problems
+            ]
+    if problems:
+        raise InputError("codesign", problems)
+    return made
 
 
 @contextmanager

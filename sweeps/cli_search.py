@@ -147,10 +147,13 @@ def search_proof(
     Without SPACE: the space of 4,608 points and the three questions that ship with hwsim. With your own space, a part of a
     larger one that is small enough to enumerate, it tells how many evaluations a search of its kind needs.
     """
+    from compress.container import check_writable
     from sweeps.search import ask
     from sweeps.search.proof import prove
     from sweeps.search.proposals import SAMPLERS
 
+    if out is not None:
+        check_writable(out)
     loaded = _load(space) if space else _shipped()
     given = [{"minimise": minimise, "maximise": maximise, "constraints": constraints}]
     asked: Sequence[Any] = given if space or any(given[0].values()) else _PROOF_QUESTIONS
@@ -208,7 +211,12 @@ def _answer(result: Search) -> list[str]:
     lines = [f"front     {len(front)} points{some}: {result.question}"]
     table = configurations(result, rows)
     table = table.assign(**{name: table[name].map("{:.4g}".format) for name in result.question.columns})
-    lines.append(_table(table))
+    table = table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
+    axes = [name for name in table.columns if name not in result.question.columns]
+    same = [name for name in axes if len(rows) > 1 and table[name].nunique() == 1]
+    if same:
+        lines.append("all of them: " + ", ".join(f"{name} {table[name].iloc[0]}" for name in same))
+    lines.append(_table(table.drop(columns=same)))
     for names, knee in found_knees(front, result.question).items():
         values = ", ".join(f"{name} {knee[name]:.6g}" for name in result.question.objectives)
         lines.append(f"knee of {' and '.join(names)}: {str(knee['key'])[:12]} ({values})")
@@ -218,8 +226,10 @@ def _answer(result: Search) -> list[str]:
 def _table(frame: pd.DataFrame) -> str:
     from hwsim.tables import format_table
 
-    shown = frame.rename(columns=lambda name: str(name).rpartition(".")[2])
-    return format_table(shown.to_dict("records"))
+    shorter = {name: str(name).rpartition(".")[2] for name in frame.columns}
+    ambiguous = [short for short in shorter.values() if list(shorter.values()).count(short) > 1]
+    names = {name: name if short in ambiguous else short for name, short in shorter.items()}
+    return format_table(frame.rename(columns=names).to_dict("records"))
 
 
 def _write_page(space: Space, proofs: Sequence[Proof], seeds: int, out: Path) -> None:

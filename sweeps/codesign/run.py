@@ -38,7 +38,18 @@ from sweeps.codesign.folder import claim, machine_toml, read_json, write_json
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 from sweeps.space import METHOD_VERSION, Training
 
-__all__ = ["ARTIFACT", "MACHINE", "REPORT", "Outcome", "codesign", "network_of", "recipe_of", "train_on"]
+__all__ = [
+    "ARTIFACT",
+    "ASKED",
+    "MACHINE",
+    "REPORT",
+    "Outcome",
+    "asked_of",
+    "codesign",
+    "network_of",
+    "recipe_of",
+    "train_on",
+]
 
 ASKED, ALTERNATION, RESULT = "asked.json", "alternation.json", "result.json"
 MACHINE, ARTIFACT, REPORT = "machine.toml", "model.hws.safetensors", "report.json"
@@ -110,16 +121,8 @@ def codesign(
     folder = Path(folder)
     tell = tell or (lambda doing, done, total: None)
     check_fit(checkpoint.model, data)
-    asked = {
-        "network": checkpoint.network,
-        "dense_network": digest(checkpoint.model.state_dict()),
-        "data": {"source": data.source, "train": len(data.train_labels), "test": len(data.test_labels)},
-        "goal": {"quantity": goal.quantity, "limit": goal.limit},
-        "space": space.model_dump(mode="json"),
-        "seed": seed,
-        "model_version": MODEL_VERSION,
-        "method_version": METHOD_VERSION,
-    }
+    asked = asked_of(checkpoint.network, data, space, goal, seed)
+    asked["dense_network"] = digest(checkpoint.model.state_dict())
     claim(folder / ASKED, asked, package_versions())
     network = network_of(checkpoint, data, space, seed)
     chosen = _chosen(folder, network, space, goal, tell)
@@ -141,6 +144,19 @@ def codesign(
     result = _result(folder, chosen, artifact, report, network, space, goal)
     write_json(folder / RESULT, result)
     return Outcome(machine, artifact, report, result)
+
+
+def asked_of(network: str, data: Dataset, space: CoDesignSpace, goal: Goal, seed: int) -> dict[str, Any]:
+    """What a folder is for, as plain values; the dense network, which may have to be trained first, aside."""
+    return {
+        "network": network,
+        "data": {"source": data.source, "train": len(data.train_labels), "test": len(data.test_labels)},
+        "goal": {"quantity": goal.quantity, "limit": goal.limit},
+        "space": space.model_dump(mode="json"),
+        "seed": seed,
+        "model_version": MODEL_VERSION,
+        "method_version": METHOD_VERSION,
+    }
 
 
 def network_of(checkpoint: Checkpoint, data: Dataset, space: CoDesignSpace, seed: int) -> Network:

@@ -184,6 +184,11 @@ def save_search(search: Search, folder: str | Path) -> dict[str, Path]:
         "evaluations": search.settings.evaluations,
         "seed": search.settings.seed,
     }
+    for stale in (
+        paths["front.csv"],
+        *(folder / f"hypervolume.{suffix}" for suffix in ("png", "pdf", "csv")),
+    ):
+        stale.unlink(missing_ok=True)  # of an earlier search, whose front is no answer to this one
     write_atomically(paths["search.json"], json.dumps(settings, indent=1).encode())
     write_atomically(paths["trials.csv"], search.trials.to_csv(index=False).encode())
     front = found_front(search.trials, question)

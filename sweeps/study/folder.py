@@ -24,13 +24,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hwsim.errors import FormatError, InputError
+from hwsim.errors import FormatError, InputError, Problem
 from hwsim.files import write_atomically
 from sweeps.study.runs import Run, run_from_json
 
 __all__ = ["RESULT_FORMAT", "Result", "StudyFolder", "read_results", "result_from_json"]
 
 RESULT_FORMAT, RESULT_VERSION = "hwsim-study-result", 1
+
+_DAMAGED_HINT = "take the file out of the folder; hwsim study does the run again"
 
 
 @dataclass(frozen=True)
@@ -184,14 +186,30 @@ class StudyFolder:
             yield True
 
     def results(self) -> list[Result]:
-        """Every result that is there, in the order of their names; what a peer made of it is under ``details``."""
+        """Every result that is there, in the order of their names; what a peer made of it is under ``details``.
+
+        Raises
+        ------
+        FormatError
+            Damaged files: every one is named.
+        """
         found = []
+        problems: list[Problem] = []
         for path in sorted((self.path / "results").glob("*.json")):
-            result = result_from_json(_json(path), str(path))
-            peer = self.peer_path(result.run)
-            if peer.exists():
-                result = replace(result, details=result.details | {"nncodec": _json(peer)})
-            found.append(result)
+            try:
+                result = result_from_json(_json(path), str(path))
+                peer = self.peer_path(result.run)
+                if peer.exists():
+                    result = replace(result, details=result.details | {"nncodec": _json(peer)})
+            except InputError as error:
+                problems += [
+                    Problem(Path(error.source).relative_to(self.path).as_posix(), str(item), _DAMAGED_HINT)
+                    for item in error.problems
+                ]
+            else:
+                found.append(result)
+        if problems:
+            raise FormatError(str(self.path), problems)
         return found
 
 
@@ -208,13 +226,17 @@ def read_results(path: str | Path) -> list[Result]:
     Raises
     ------
     InputError
-        Neither is there.
+        Neither is there, or the folder holds no result.
     FormatError
         A file is damaged.
     """
     path = Path(path)
     if path.is_dir():
-        return StudyFolder(path).results()
+        results = StudyFolder(path).results()
+        if not results:
+            hint = "give the --folder of hwsim study, or a results.json"
+            raise InputError(str(path), Problem("results", "holds no result of a run", hint))
+        return results
     try:
         data = json.loads(path.read_text("utf-8"))
         documents = list(data["results"])

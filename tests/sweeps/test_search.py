@@ -277,6 +277,41 @@ def test_axes_and_trained_columns_can_be_asked_for() -> None:
     )
 
 
+def test_no_front_of_an_earlier_question_stays(enumerated: Path, tmp_path: Path) -> None:
+    save_search(searched(enumerated, "random"), tmp_path)
+    question = ask(small_space(), ["latency_ms", "area_mm2"], constraints=["area_mm2<=0.001"])
+    found = run_search(small_space(), enumerated, question, SearchSettings("random", 10), workers=1)
+    with pytest.raises(InputError, match="none of 10 points"):
+        save_search(found, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["search.json", "trials.csv"]
+
+
+@pytest.mark.parametrize("sampler", ["hybrid", "nsga2"])
+def test_a_space_too_large_to_look_at_every_point(sampler: Sampler, tmp_path: Path) -> None:
+    """Over 20,000 points the model draws its candidates: the same ones again, from the store and without one."""
+    machine = {
+        "base": "msa-8x8",
+        "axes": {
+            "array.rows": list(range(1, 13)),
+            "array.columns": list(range(1, 13)),
+            "clock_mhz": list(range(100, 2100, 100)),
+            "dram.gb_per_s": [3.2, 6.4, 12.8, 25.6],
+        },
+    }
+    space = small_space(machine=machine, blocks=["4x4"], ratios=[[0.5, 0.5], [0.75, 0.25]])
+    assert len(space) > 20_000
+    question = ask(space, THREE, constraints=["average_power_mw<=400"])
+    settings = SearchSettings(sampler, 60)
+    found = run_search(space, tmp_path / "a", question, settings, workers=1)
+    again = run_search(space, tmp_path / "a", question, settings, workers=1)
+    other = run_search(space, tmp_path / "b", question, settings, workers=1)
+    pd.testing.assert_frame_equal(found.trials, again.trials)
+    pd.testing.assert_frame_equal(found.trials, other.trials)
+    assert found.trials["number"].is_unique
+    assert (found.computed, again.computed, len(found.trials)) == (60, 0, 60)
+    assert found.trials.loc[found.trials["feasible"], "average_power_mw"].max() <= 400
+
+
 def test_nothing_feasible_says_how_near_it_came(enumerated: Path, tmp_path: Path) -> None:
     space = small_space()
     question = ask(space, ["latency_ms", "area_mm2"], constraints=["area_mm2<=0.001"])

@@ -23,6 +23,7 @@ from compress.artifact import load_artifact
 from compress.fit import Progress
 from hwsim.cli import cli
 from hwsim.errors import FormatError, InputError
+from sweeps.statistics import T_975, estimate, paired_difference
 from sweeps.study import catalogue, pitch, report, runner, tasks
 from sweeps.study.catalogue import STUDIES
 from sweeps.study.channels import narrow_lenet5, narrow_resnet
@@ -32,7 +33,6 @@ from sweeps.study.methods import execute
 from sweeps.study.report import rows_of, write_results_page
 from sweeps.study.runner import run_study, select
 from sweeps.study.runs import METHODS, Run, Training, run_from_json
-from sweeps.study.statistics import T_975, estimate, paired_difference
 from sweeps.study.task_names import MEASURES, TITLES
 from sweeps.study.tasks import Examples, find_task
 
@@ -413,11 +413,22 @@ def test_the_page_has_the_right_means_and_shows_what_is_missing(tmp_path: Path) 
 
 
 def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
-    (tmp_path / "study").mkdir()
-    write_results_page(tmp_path / "study", tmp_path / "results.md")
+    (tmp_path / "stored.json").write_text('{"results": []}')
+    write_results_page(tmp_path / "stored.json", tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
     assert "**0 of" in text
     assert not re.search(r"\d ± \d", text)
+
+
+def test_a_folder_without_results_does_not_replace_the_page(tmp_path: Path) -> None:
+    """A mistyped folder with the default --out would wipe the stored results beside the page."""
+    (tmp_path / "study").mkdir()
+    page = tmp_path / "results.md"
+    page.with_suffix(".json").write_text("kept")
+    with pytest.raises(InputError, match="holds no result"):
+        write_results_page(tmp_path / "study", page)
+    assert not page.exists()
+    assert page.with_suffix(".json").read_text() == "kept"
 
 
 def test_runs_of_no_study_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -467,6 +478,16 @@ def test_a_damaged_result_of_a_folder_is_named(tmp_path: Path) -> None:
             read_results(tmp_path)
 
 
+def test_all_damaged_results_are_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "a.json").write_text("{")
+    (tmp_path / "results" / "b.json").write_text('{"format": "hwsim-study-result", "version": 1, "run": 3}')
+    with pytest.raises(FormatError, match=r"2 problems") as caught:
+        read_results(tmp_path)
+    assert [problem.field for problem in caught.value.problems] == ["results/a.json", "results/b.json"]
+    assert all("take the file out" in problem.hint for problem in caught.value.problems)
+
+
 # --- the commands
 
 
@@ -490,8 +511,9 @@ def test_the_list_of_runs(tmp_path: Path) -> None:
 )
 def test_bad_input_of_the_command(tmp_path: Path, arguments: list[str], said: str) -> None:
     done = CliRunner().invoke(cli, ["study", *arguments, "--folder", str(tmp_path)])
-    assert isinstance(done.exception, InputError)
-    assert said in str(done.exception)
+    assert isinstance(done.exception, InputError | SystemExit)  # the second is click's own
+    assert done.exit_code != 0
+    assert said in f"{done.exception} {done.output}"
 
 
 def test_the_report_command(tmp_path: Path) -> None:
