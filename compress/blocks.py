@@ -61,14 +61,17 @@ def weight_to_matrix(weight: Tensor, groups: int = 1, column_order: ColumnOrder 
 
 
 def matrix_to_weight(
-    matrix: Tensor, weight_shape: tuple[int, ...], column_order: ColumnOrder = "tap_major"
+    matrix: Tensor,
+    weight_shape: tuple[int, ...],
+    column_order: ColumnOrder = "tap_major",
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """The inverse of `weight_to_matrix`: ``[groups, m, k]`` to a contiguous weight of ``weight_shape``."""
+    """The inverse of `weight_to_matrix`: ``[groups, m, k]`` to a new weight of ``weight_shape``."""
     groups, m, _ = matrix.shape
     in_channels, taps = weight_shape[1], math.prod(weight_shape[2:])
     if column_order == "tap_major":
         matrix = matrix.reshape(groups, m, taps, in_channels).transpose(2, 3)
-    return matrix.reshape(weight_shape).clone(memory_format=torch.contiguous_format)
+    return matrix.reshape(weight_shape).clone(memory_format=memory_format)
 
 
 def matrix_to_blocks(matrix: Tensor, block: tuple[int, int]) -> Tensor:

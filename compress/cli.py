@@ -173,9 +173,9 @@ def train(
 )
 @_data_options
 @click.option(
-    "--epochs-admm", type=int, help="Epochs with the ADMM penalty; 0 projects in one shot.  [default: 8]"
+    "--epochs-admm", type=int, help="Epochs with the ADMM penalty; 0 projects in one shot.  [default: 4]"
 )
-@click.option("--epochs-retrain", type=int, help="Epochs of masked retraining.  [default: 4]")
+@click.option("--epochs-retrain", type=int, help="Epochs of masked retraining.  [default: 8]")
 @click.option("--lr", type=float, help="Learning rate of Adam in each ADMM update.  [default: 0.001]")
 @click.option("--rho", type=float, help="Penalty of the first ADMM update.  [default: 0.03]")
 @click.option("--rho-growth", type=float, help="Its factor per update.  [default: 1.3]")
@@ -293,6 +293,7 @@ def compress(
             seed=seed,
         )
         return
+    _check_trained(model, inputs, input_shape)
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
     _check_choices(budget, len(shapes), one_shot, settings)
@@ -358,6 +359,25 @@ def compress(
         f"written   {path} ({size_bytes:,} bytes: {8 * size_bytes / weights:.2f} bits per weight, "
         f"{4 * weights / size_bytes:.1f} times smaller than fp32)"
     )
+
+
+def _check_trained(model: Path, inputs: Path | None, input_shape: str | None) -> None:
+    """The file is there, and no option is given that only other networks know."""
+    from compress.pretrained.catalog import PRETRAINED
+    from hwsim.errors import InputError, Problem, nearest_name
+
+    given = {"--inputs": inputs, "--input-shape": input_shape}
+    problems = [
+        Problem(name, f"{model} is calibrated on the images of --data", "leave it out")
+        for name, value in given.items()
+        if value is not None
+    ]
+    if not model.exists():
+        hint = nearest_name(str(model), PRETRAINED) if len(model.parts) == 1 else ""
+        hint = hint or "hwsim train writes one; hwsim models lists networks with weights"
+        problems.insert(0, Problem("MODEL", f"{model}: no such file", hint))
+    if problems:
+        raise InputError("options", problems)
 
 
 def _check_untrained(
@@ -462,7 +482,7 @@ def _settings(path: Path | None, options: dict[str, Any]) -> tuple[CompressionCo
     """Configuration and recipe from a file and from the options that were given, which win."""
     from pydantic import ValidationError
 
-    from compress.rules import Recipe, load_config, parse_config
+    from compress.rules import CompressionConfig, Recipe, load_config, parse_config
     from hwsim.errors import InputError
     from hwsim.machine import validation_problems
 
@@ -473,10 +493,15 @@ def _settings(path: Path | None, options: dict[str, Any]) -> tuple[CompressionCo
     given |= dict.fromkeys(switches, True)
     given |= {"exempt_first_last": False} if given.pop("all_layers") else {}
     from_file = load_config(path).model_dump(exclude_unset=True) if path is not None else {}
-    try:
-        recipe = Recipe.model_validate(training)
-    except ValidationError as error:
-        raise InputError("options", validation_problems(error, Recipe)) from None
+    problems = []
+    for kind, values in ((Recipe, training), (CompressionConfig, given)):
+        try:
+            kind.model_validate(values)
+        except ValidationError as error:
+            problems += validation_problems(error, kind)
+    if problems:
+        raise InputError("options", problems)
+    recipe = Recipe.model_validate(training)
     return parse_config(from_file | given, str(path) if path is not None else "options"), recipe
 
 

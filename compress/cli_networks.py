@@ -76,7 +76,7 @@ def parse_shape(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = text.lower().split("x")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
         hint = 'write the sizes of one input without the batch, as in "3x48x320"'
         raise InputError("input-shape", Problem("", f"{text!r} is not a shape", hint))
     return tuple(int(part) for part in parts)
@@ -183,17 +183,21 @@ def _calibration(path: Path | None, shape: tuple[int, ...], dtype: torch.dtype, 
         return torch.randn(RANDOM_INPUTS, *shape, generator=generator)
     try:
         values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(str(path), f"no array of numpy: {error}") from None
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError):
+        raise InputError(str(path), "no array of numbers as numpy.save writes it") from None
     if (
         not isinstance(values, np.ndarray)
-        or values.dtype.kind not in "fiu"
+        or values.dtype.kind not in ("fiu" if dtype.is_floating_point else "iu")
         or values.shape[1:] != shape
         or not len(values)
     ):
         found = f"{values.dtype}{list(values.shape)}" if isinstance(values, np.ndarray) else "several arrays"
+        numbers = "numbers" if dtype.is_floating_point else "integers"
         wanted = f"[inputs, {', '.join(map(str, shape))}]"
         raise InputError(
-            str(path), Problem("inputs", f"{found}, must be numbers {wanted}, as the network gets them")
+            str(path), Problem("inputs", f"{found}, must be {numbers} {wanted}, as the network gets them")
         )
-    return torch.from_numpy(values).to(dtype)
+    # In the machine's own byte order and of a width that torch knows.
+    return torch.from_numpy(values.astype(np.float64 if values.dtype.kind == "f" else np.int64)).to(dtype)

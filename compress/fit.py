@@ -286,7 +286,7 @@ def compress(
     plan = config if isinstance(config, Plan) else plan_layers(model, config)
     batches = _batches(train_data, recipe)
     device = _device(model)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         here = ranks()
         # Dropout differs between the processes; the order of the data has a generator of its own.
@@ -309,7 +309,8 @@ def compress(
             layers = _retrain(trainer, plan, admm, types, recipe, keeper)
             accuracy_retrained = _evaluate(model, evaluate)
         finally:
-            model.train(was_training)
+            for module, is_training in modes:
+                module.training = is_training
     return CompressionResult(
         layers,
         plan,

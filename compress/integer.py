@@ -255,6 +255,18 @@ class _Tracer(torch.fx.Tracer):
         super().__init__()
         self._leaves = leaves
 
+    def create_args_for_root(self, *arguments: Any, **settings: Any) -> Any:
+        """The network gets one tensor; an argument with a default has that value, so that ``if mask is None`` is decided."""
+        function, inputs = super().create_args_for_root(*arguments, **settings)
+        return function, [self._default_of(value) for value in inputs]
+
+    def _default_of(self, value: Any) -> Any:
+        if not isinstance(value, torch.fx.Proxy) or value.node.op != "placeholder" or not value.node.args:
+            return value
+        default = value.node.args[0]
+        self.graph.erase_node(value.node)
+        return default
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_whole = (
             module_qualified_name in self._leaves or isinstance(m, _WHOLE) or hasattr(m, "is_scale_free")

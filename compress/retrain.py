@@ -68,6 +68,7 @@ class _BlockForm(nn.Module):
         self.layer = layer
         settings = layer.settings
         weight = layer.module.get_parameter("weight").detach()
+        self.memory_format = _memory_format(weight)
         matrix = weight_to_matrix(weight, layer.groups, settings.column_order)
         types = types.to(weight.device)
         unified, dense = (
@@ -102,7 +103,15 @@ class _BlockForm(nn.Module):
         if self.has_dense:
             quantized = fake_quantize(dense, self.step_size, *weight_range(settings.weight_bits))
             matrix = matrix + quantized * self.dense_mask
-        return matrix_to_weight(matrix, self.layer.weight_shape, settings.column_order)
+        return matrix_to_weight(matrix, self.layer.weight_shape, settings.column_order, self.memory_format)
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """Whether the channel is fastest in memory. By strides: with one channel a weight counts as contiguous in both ways."""
+    if weight.dim() != 4:
+        return torch.contiguous_format
+    like = torch.empty(weight.shape, device="meta").to(memory_format=torch.channels_last)
+    return torch.channels_last if weight.stride() == like.stride() else torch.contiguous_format
 
 
 class MaskedRetraining:

@@ -146,7 +146,7 @@ def _gather(x: Tensor, indices: Any, axis: int = 0) -> Tensor:
         indices = torch.tensor(indices, device=x.device)
     picked = torch.where(indices < 0, indices + x.shape[axis], indices)
     flat = x.index_select(axis, picked.reshape(-1))
-    return flat.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis % x.dim() + 1 :])
+    return flat.reshape((*x.shape[:axis], *indices.shape, *x.shape[axis % x.dim() + 1 :]))
 
 
 def _split(x: Tensor, split: Integers | None = None, axis: int = 0, num_outputs: int = 0) -> Any:
@@ -159,9 +159,15 @@ def _expand(x: Tensor, shape: Integers) -> Tensor:
     return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(_list(shape))))
 
 
-def _pad(x: Tensor, pads: Integers, value: Any = None, mode: str = "constant") -> Tensor:
-    both = _list(pads)
-    rank = len(both) // 2
+def _pad(
+    x: Tensor, pads: Integers, value: Any = None, axes: Integers | None = None, mode: str = "constant"
+) -> Tensor:
+    both, rank = _list(pads), x.dim()
+    if axes is not None:
+        given, places = both, _list(axes)
+        both = [0] * 2 * rank
+        for place, axis in enumerate(places):
+            both[axis % rank], both[axis % rank + rank] = given[place], given[place + len(places)]
     sides = [side for axis in reversed(range(rank)) for side in (both[axis], both[axis + rank])]
     if mode == "constant":
         return functional.pad(x, sides, value=0.0 if value is None else float(value))
@@ -176,9 +182,10 @@ def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def reduce(
         x: Tensor, axes: Integers | None = None, keepdims: int = 1, noop_with_empty_axes: int = 0
     ) -> Tensor:
-        if axes is None and noop_with_empty_axes:
+        places = [] if axes is None else _list(axes)
+        if not places and noop_with_empty_axes:
             return x
-        places = list(range(x.dim())) if axes is None else _list(axes)
+        places = places or list(range(x.dim()))
         return function(x, dim=tuple(places), keepdim=bool(keepdims))
 
     return reduce
@@ -200,23 +207,52 @@ def _resize(
     **_: object,
 ) -> Tensor:
     rank = x.dim() - 2
-    size, factors = None, None
+    size: list[int] | None = None
+    factors: list[float] | None = None
     if sizes is not None and len(_list(sizes)):
         size = _list(sizes)[2:]
     else:
         factors = [float(scale) for scale in (scales.tolist() if isinstance(scales, Tensor) else scales)][2:]
     if mode == "nearest":
-        kind = (
-            "nearest"
-            if (coordinate_transformation_mode, nearest_mode) == ("asymmetric", "floor")
-            else "nearest-exact"
-        )
-        return functional.interpolate(x, size, factors, kind)
+        for axis in range(2, x.dim()):
+            before = x.shape[axis]
+            if size is not None:
+                after, factor = size[axis - 2], size[axis - 2] / before
+            elif factors is not None:
+                after, factor = int(before * factors[axis - 2]), factors[axis - 2]
+            chosen = _nearest(before, after, factor, coordinate_transformation_mode, nearest_mode)
+            x = x.index_select(axis, torch.tensor(chosen, dtype=torch.int64, device=x.device))
+        return x
     kind = {1: "linear", 2: "bilinear", 3: "trilinear"}[rank] if mode == "linear" else "bicubic"
     aligned = coordinate_transformation_mode == "align_corners"
     return functional.interpolate(
         x, size, factors, kind, align_corners=aligned, recompute_scale_factor=False if size is None else None
     )
+
+
+_ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "round_prefer_floor": lambda at: torch.ceil(at - 0.5),
+    "round_prefer_ceil": lambda at: torch.floor(at + 0.5),
+}
+
+
+def _nearest(before: int, after: int, factor: float, coordinates: str, rounding: str) -> list[int]:
+    """Which of ``before`` positions each of ``after`` takes.
+
+    Source: the formulas of the operator Resize, https://onnx.ai/onnx/operators/onnx__Resize.html
+    """
+    at = torch.arange(after, dtype=torch.float32, device="cpu")
+    if coordinates == "align_corners":
+        at = at * (before - 1) / (after - 1) if after > 1 else torch.zeros_like(at)
+    elif coordinates == "asymmetric":
+        at = at / factor
+    elif coordinates == "half_pixel" or after > 1:
+        at = (at + 0.5) / factor - 0.5
+    else:  # pytorch_half_pixel of a single position
+        at = torch.zeros_like(at)
+    return [int(place) for place in _ROUNDINGS[rounding](at).clamp(0, before - 1).tolist()]
 
 
 def _layer_norm(
@@ -248,14 +284,13 @@ def _batch_norm(
 
 
 def _tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Of two operands, of which one may be a constant."""
+    """Of operands of which some may be constants."""
 
-    def apply(a: Any, b: Any) -> Tensor:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            return function(a, b)
-        like = a if isinstance(a, Tensor) else b
-        sides = (x if isinstance(x, Tensor) else torch.tensor(x, device=like.device) for x in (a, b))
-        return function(*sides)
+    def apply(*values: Any) -> Tensor:
+        device = next(value.device for value in values if isinstance(value, Tensor))
+        return function(
+            *(value if isinstance(value, Tensor) else torch.tensor(value, device=device) for value in values)
+        )
 
     return apply
 
@@ -280,7 +315,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Equal": _tensors(torch.eq),
     "Greater": _tensors(torch.gt),
     "Less": _tensors(torch.lt),
-    "Where": torch.where,
+    "Where": _tensors(torch.where),
     "Sqrt": torch.sqrt,
     "Reciprocal": torch.reciprocal,
     "Exp": torch.exp,

@@ -448,6 +448,8 @@ def _gemm(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) ->
         raise _Unsupported("transposes its input")
     weight = weight if attributes.get("transB", 0) else weight.T
     weight = weight * np.float32(attributes.get("alpha", 1.0))
+    if bias is not None and bias.ndim > 1 and bias.shape[0] > 1:
+        raise _Unsupported(f"adds a matrix {list(bias.shape)} in place of a bias")
     if bias is not None:
         bias = np.broadcast_to(bias.reshape(-1) * np.float32(attributes.get("beta", 1.0)), weight.shape[:1])
     name = reader.layer_name(node, node.input[1], index)
@@ -541,6 +543,8 @@ def _pool(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) ->
         )
     else:
         includes = bool(attributes.get("count_include_pad", 0))
+        if any(step != 1 for step in attributes.get("dilations", ())):
+            raise _Unsupported("is dilated")
         if source is not reader.source_node(node) and not includes:
             raise _Unsupported("leaves a padding out of its mean that differs on both sides")
         pool = _MEAN_POOLS[rank](tuple(kernel), padding=padding, count_include_pad=includes, **settings)
@@ -551,6 +555,31 @@ def _softmax(reader: _Reader, node: Any, attributes: dict[str, Any], index: int)
     """Before opset 13 the axes from the given one on are taken together, and the default is the second."""
     if max(one.version for one in reader.proto.opset_import if one.domain in ("", "ai.onnx")) < 13:
         attributes |= {"axis": attributes.get("axis", 1), "is_flat": True}
+    return None
+
+
+def _resize(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
+    """Refuses what torch's interpolation does not do."""
+    mode = attributes.get("mode", "nearest")
+    coordinates = attributes.get("coordinate_transformation_mode", "half_pixel")
+    known = [
+        "half_pixel",
+        "pytorch_half_pixel",
+        "align_corners",
+        *(["asymmetric"] if mode == "nearest" else []),
+    ]
+    if coordinates not in known:
+        raise _Unsupported(f"has the coordinates {coordinates}; with {mode} only {', '.join(known)}")
+    usual = {
+        "antialias": 0,
+        "exclude_outside": 0,
+        "keep_aspect_ratio_policy": "stretch",
+        "axes": None,
+        **({"cubic_coeff_a": -0.75} if mode == "cubic" else {}),
+    }
+    other = [name for name, value in usual.items() if attributes.get(name, value) != value]
+    if other:
+        raise _Unsupported(f"has {', '.join(f'{name} {attributes[name]}' for name in other)}")
     return None
 
 
@@ -566,6 +595,7 @@ _LAYERS: dict[str, _Layer] = {
     "Clip": _clip,
     "MaxPool": _pool,
     "AveragePool": _pool,
+    "Resize": _resize,
     "Softmax": _softmax,
     "LogSoftmax": _softmax,
 }

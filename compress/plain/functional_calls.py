@@ -25,7 +25,23 @@ _SETTINGS = ("stride", "padding", "dilation", "groups")
 
 
 class _OwnForward(torch.fx.Tracer):
-    """One module's forward alone: all of its children are leaves."""
+    """One module's forward alone: all of its children are leaves.
+
+    Parameters
+    ----------
+    takes_defaults : bool
+        Arguments that have a default are that value, not symbols.
+    """
+
+    def __init__(self, takes_defaults: bool = False) -> None:
+        super().__init__()
+        self._takes_defaults = takes_defaults
+
+    def create_args_for_root(self, *arguments: Any, **settings: Any) -> Any:
+        function, inputs = super().create_args_for_root(*arguments, **settings)
+        if self._takes_defaults:
+            inputs = [_default_of(value) for value in inputs]
+        return function, inputs
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -34,12 +50,13 @@ class _OwnForward(torch.fx.Tracer):
 def with_layers_for_calls(model: nn.Module) -> tuple[nn.Module, list[tuple[str, str, str]]]:
     """The network with layers in place of ``functional.linear(x, self.weight)`` and the like.
 
-    Only modules whose forward torch.fx can trace, and that does the same in training as in evaluation, are rewritten; what is
-    left is listed by `compress.rules.plan_layers` and `compress.shapes.layer_shapes`.
+    Only modules whose forward torch.fx can trace, and that takes the same way in training as in evaluation and with its default
+    arguments as with any others (``if mask is not None`` does not), are rewritten; what is left is listed by
+    `compress.rules.plan_layers` and `compress.shapes.layer_shapes`.
     """
     found = []
     for name, module in list(model.named_modules()):
-        if _is_torchs(module):
+        if _is_torchs(module) or module._forward_hooks or module._forward_pre_hooks:
             continue
         graph = _graph_of(module)
         if graph is None:
@@ -47,6 +64,9 @@ def with_layers_for_calls(model: nn.Module) -> tuple[nn.Module, list[tuple[str, 
         layers = _insert_layers(module, graph)
         if layers:
             rewritten = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
+            for attribute, value in vars(module).items():  # what other modules may read
+                if attribute not in vars(rewritten):
+                    setattr(rewritten, attribute, value)
             rewritten.train(module.training)
             for child, original in module.named_children():
                 if hasattr(rewritten, child):
@@ -63,18 +83,39 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _graph_of(module: nn.Module) -> torch.fx.Graph | None:
-    """The graph of a module's own forward, or None where it cannot be traced or depends on the mode."""
-    graphs = []
+    """The graph of a module's own forward, or None where it cannot be traced, or depends on the mode or on a default."""
     training = module.training
     try:
+        graphs = []
         for mode in (True, False):
             module.training = mode
             graphs.append(_OwnForward().trace(module))
+        with_defaults = _OwnForward(takes_defaults=True).trace(module)
     except Exception:  # whatever the user's forward does to a symbolic tensor
         return None
     finally:
         module.training = training
-    return graphs[0] if str(graphs[0]) == str(graphs[1]) else None
+    is_one = str(graphs[0]) == str(graphs[1]) and _steps(graphs[0]) == _steps(with_defaults)
+    return graphs[0] if is_one else None
+
+
+def _default_of(value: Any) -> Any:
+    """The default of an argument that a tracer made a symbol of, or that symbol where it has none."""
+    is_optional = isinstance(value, torch.fx.Proxy) and value.node.op == "placeholder" and value.node.args
+    return value.node.args[0] if is_optional else value
+
+
+def _steps(graph: torch.fx.Graph) -> list[str]:
+    """What a graph does where every argument with a default has that value."""
+
+    def known(node: torch.fx.Node) -> Any:
+        return node.args[0] if node.op == "placeholder" and node.args else node
+
+    return [
+        str((node.op, node.target, torch.fx.node.map_arg((node.args, node.kwargs), known)))
+        for node in graph.nodes
+        if node.op != "placeholder"
+    ]
 
 
 def _insert_layers(module: nn.Module, graph: torch.fx.Graph) -> list[str]:

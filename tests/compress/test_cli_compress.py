@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from compress import data, fit
 from compress.artifact import load_artifact
 from compress.cli import compress, pack, train
 from compress.rebuild import rebuild_integer
+from compress.rules import CompressionConfig, Recipe
 from compress.train import evaluate, load_checkpoint
 from hwsim.errors import FormatError, HwsimError, InputError
 from hwsim.simulator import simulate
@@ -318,6 +320,27 @@ def test_help_shows_an_example(command: click.Command) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.opts[0] in result.output
+
+
+def test_help_names_the_defaults_of_the_settings() -> None:
+    fields = CompressionConfig.model_fields | Recipe.model_fields
+    seen = []
+    for option in compress.params:
+        stated = re.search(r"\[default: ([^\];]+)\]", getattr(option, "help", None) or "")
+        if option.name in fields and stated:
+            default = fields[option.name].default
+            shown = "x".join(map(str, default)) if isinstance(default, tuple) else default
+            assert type(shown)(stated[1]) == shown, option.name
+            seen.append(option.name)
+    assert {"epochs_admm", "epochs_retrain", "lr", "rho", "pruned", "precision", "batch_size"} <= set(seen)
+
+
+def test_a_misspelt_network_and_options_of_others_are_said(dense: Path) -> None:
+    assert 'did you mean "efficientnet-lite0"' in str(error_of(compress, "eficientnet-lite0"))
+    assert "2 problems" in str(error_of(compress, dense, "--inputs", "x.npy", "--input-shape", "3x3"))
+    assert "3 problems" in str(
+        error_of(compress, dense, "--pruned", "3", "--rho", "-1", "--accumulation", "0")
+    )
 
 
 def test_importing_the_commands_is_cheap() -> None:

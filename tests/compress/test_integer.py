@@ -17,6 +17,7 @@ from torch import nn
 
 from compress import integer as module
 from compress import zoo
+from compress.any_network import compress_network
 from compress.artifact import MAX_SHIFT, integer_weight
 from compress.fit import compress
 from compress.integer import (
@@ -25,6 +26,7 @@ from compress.integer import (
     quantize_activations,
 )
 from compress.layers import CompressedLayer
+from compress.rebuild import rebuild, rebuild_integer
 from compress.rules import CompressionConfig, Recipe
 from hwsim.errors import InputError
 from hwsim.layer import Requantizer, accumulator_bits_needed
@@ -639,3 +641,25 @@ def test_a_network_with_other_surroundings_is_refused() -> None:
         IntegerModel(model, integer_model.layers, fewer)
     with pytest.raises(InputError, match="requantizer: missing"):
         IntegerModel(model, projected(model), integer_model.activations)
+
+
+class WithDefault(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.layer(x)
+        return torch.relu(hidden) if mask is None else hidden * mask
+
+
+@pytest.mark.filterwarnings("ignore:.*one-shot")
+def test_arguments_with_a_default_have_that_value():
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 8)
+    artifact = compress_network(
+        WithDefault().eval(), inputs, CompressionConfig(block=(2, 2), exempt_first_last=False)
+    )
+    outputs = rebuild_integer(artifact, WithDefault)(inputs)
+    assert outputs.min() >= 0
+    torch.testing.assert_close(outputs, rebuild(artifact, WithDefault)(inputs), atol=0.1, rtol=0)

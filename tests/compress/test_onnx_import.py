@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from compress.artifact import load_artifact
+from compress.cli_networks import _calibration, parse_shape
 from compress.onnx_import import import_onnx
 from compress.plain import to_plain
 from compress.pretrained.catalog import PRETRAINED, find_weights
@@ -107,14 +109,32 @@ def test_from_the_file_to_cycles(file: Path, tmp_path: Path) -> None:
     assert "mixed.onnx" in done.output
 
 
-def graph(*nodes: onnx.NodeProto, shape: tuple[object, ...] = (1, 2, 6, 6), **stored: np.ndarray) -> bytes:
+def test_arrays_of_inputs_that_cannot_be_read_are_said(tmp_path: Path) -> None:
+    path, shape = tmp_path / "inputs.npy", (3, 8, 8)
+    for content in (b"", b"hello"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"as numpy\.save writes it"):
+            _calibration(path, shape, torch.float32, 0)
+    np.save(path, np.full((2, *shape), 0.5))
+    with pytest.raises(InputError, match="must be integers"):
+        _calibration(path, shape, torch.int64, 0)
+    for dtype in (">f4", np.longdouble, np.float16):
+        np.save(path, np.full((2, *shape), 0.5, dtype))
+        assert _calibration(path, shape, torch.float32, 0).unique().tolist() == [0.5]
+    with pytest.raises(InputError, match="is not a shape"):
+        parse_shape("3x\N{SUPERSCRIPT TWO}")
+
+
+def graph(
+    *nodes: onnx.NodeProto, shape: tuple[object, ...] = (1, 2, 6, 6), opset: int = 12, **stored: np.ndarray
+) -> bytes:
     """A file of these nodes from ``x`` to ``y``."""
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
     tensors = [numpy_helper.from_array(values, name) for name, values in stored.items()]
     made = helper.make_graph(list(nodes), "g", inputs, outputs, tensors)
     return helper.make_model(
-        made, opset_imports=[helper.make_opsetid("", 12)], ir_version=8
+        made, opset_imports=[helper.make_opsetid("", opset)], ir_version=8
     ).SerializeToString()
 
 
@@ -136,6 +156,17 @@ node = helper.make_node
         graph(node("Resize", ["x", "r", "s"], ["y"], mode="nearest", coordinate_transformation_mode="asymmetric",
                    nearest_mode="floor"), r=NO_ROI, s=np.array([1, 1, 2, 2], np.float32)),
         graph(node("Resize", ["x", "r", "s"], ["y"], mode="linear"), r=NO_ROI, s=np.array([1, 1, 2, 2], np.float32)),
+        *(
+            graph(node("Resize", ["x", "r", "s"], ["y"], mode="nearest", coordinate_transformation_mode=coordinates,
+                       nearest_mode=rounding), r=NO_ROI, s=np.array([1, 1, factor, 1.5], np.float32))
+            for coordinates in ("half_pixel", "pytorch_half_pixel", "asymmetric", "align_corners")
+            for rounding in ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
+            for factor in (0.5, 3.0)
+        ),
+        graph(node("Greater", ["x", "z"], ["c"]), node("Where", ["m", "x", "z"], ["y"]), z=np.array(0, np.float32),
+              m=np.array([[True, False, True, True, False, True]])),
+        graph(node("Shape", ["x"], ["s"]), node("Gather", ["s", "i"], ["k"]), node("Cast", ["k"], ["f"], to=1),
+              node("Mul", ["x", "f"], ["y"]), i=np.array(2)),
         graph(node("Shape", ["x"], ["s"]), node("Slice", ["s", "a", "b"], ["t"]),
               node("Concat", ["t", "m"], ["u"], axis=0), node("Reshape", ["x", "u"], ["y"]),
               a=np.array([0]), b=np.array([1]), m=np.array([-1])),
@@ -168,6 +199,33 @@ def test_all_that_is_not_supported_is_named_at_once() -> None:
     assert "node first (NonZero)" in text
     assert 'did you mean "Softmax"' in text
     assert "node third (Conv): has a weight or bias that is computed from the input" in text
+
+
+def test_uses_that_torch_has_no_module_for_are_refused() -> None:
+    for nodes, stored, reason in (
+        ((node("Gemm", ["x", "w", "c"], ["y"], transB=1),), {"w": np.eye(4, dtype=np.float32),
+          "c": np.ones((4, 1), np.float32)}, "adds a matrix [4, 1]"),
+        ((node("AveragePool", ["x"], ["y"], kernel_shape=[2, 2], dilations=[2, 2]),), {}, "is dilated"),
+        ((node("Resize", ["x", "r", "s"], ["y"], mode="linear", coordinate_transformation_mode="asymmetric"),),
+          {"r": NO_ROI, "s": np.array([1, 1, 2, 2], np.float32)}, "has the coordinates asymmetric"),
+        ((node("Resize", ["x", "r", "s"], ["y"], mode="linear", exclude_outside=1),),
+          {"r": NO_ROI, "s": np.array([1, 1, 2, 2], np.float32)}, "has exclude_outside 1"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(reason)):
+            import_onnx(graph(*nodes, **stored))
+
+
+def test_later_opsets_pad_and_reduce_along_given_axes() -> None:
+    values = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    for content in (
+        graph(node("Pad", ["x", "p", "", "a"], ["y"]), opset=18, p=np.array([1, 2]), a=np.array([-1])),
+        graph(
+            node("ReduceSum", ["x", "a"], ["y"], noop_with_empty_axes=1), opset=18, a=np.zeros(0, np.int64)
+        ),
+        graph(node("ReduceMean", ["x"], ["y"], keepdims=0), opset=18),
+    ):
+        found = import_onnx(content).model(values)
+        np.testing.assert_allclose(found.numpy(), run(content, values)[0], atol=1e-5)
 
 
 def test_open_dimensions_and_broken_files_are_said(tmp_path: Path) -> None:

@@ -247,3 +247,43 @@ def test_a_plain_network_stays_as_it_is() -> None:
     assert plain.changes == ()
     assert str(plain.model) == str(model)
     assert to_plain(to_plain(nn.MultiheadAttention(8, 2)).model).changes == ()
+
+
+class Optional(nn.Module):
+    """Asks whether an argument was given, which torch.fx cannot see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(5, 6)), 3
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = nn.functional.linear(x, self.weight)
+        return h if mask is None else h + 1
+
+
+class Scaled(Optional):
+    """Has an argument that goes the same way with any value."""
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return nn.functional.linear(x, self.weight) * scale
+
+
+class Around(nn.Module):
+    """Reads an attribute of the module that is rewritten."""
+
+    def __init__(self, inner: Optional) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) * self.inner.gain
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "layers"), [(Optional, ["last"]), (Scaled, ["inner.layer", "last"])])
+def test_defaults_of_arguments_keep_their_meaning(kind: type[Optional], layers: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x = Around(kind()), torch.randn(3, 6)
+    plain = to_plain(model).model
+    torch.testing.assert_close(plain(x), model(x))
+    assert sorted(name for name, module in plain.named_modules() if isinstance(module, nn.Linear)) == layers

@@ -185,6 +185,38 @@ def test_few_bits_mean_few_levels(bits):
         assert torch.equal(levels * step, layer.module.weight)
 
 
+def test_the_channel_stays_fastest_in_memory():
+    def trained(memory_format):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(96, 3)
+        )
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.clone(memory_format=memory_format)
+        before = model[2].weight.stride()
+        plan = plan_layers(
+            model, CompressionConfig(block=(2, 2), pruned=0.4, unified=0.3, exempt_first_last=False)
+        )
+        with MaskedRetraining(model, plan, ADMM(model, plan).finalize()) as retraining:
+            state = {name: values.is_contiguous() for name, values in model.state_dict().items()}
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                assert model[2].weight.stride() == before
+                model(torch.randn(4, 1, 8, 8)).square().mean().backward()
+                optimizer.step()
+                retraining.step()
+            retraining.harvest()
+        return model, state
+
+    (last, last_state), (first, first_state) = trained(torch.channels_last), trained(torch.contiguous_format)
+    assert last_state == first_state  # what a checkpoint holds
+    assert last[2].weight.stride() == (36, 1, 12, 4)
+    for one, other in zip(last.parameters(), first.parameters(), strict=True):
+        torch.testing.assert_close(one, other, check_stride=False)
+
+
 def test_an_interrupt_leaves_a_plain_network():
     model, plan, types = prepared()
 
@@ -505,3 +537,12 @@ def test_adjusted_types_are_what_is_retrained():
     assert counts["2"] == (seen[0]["2"][0] + 1, seen[0]["2"][1] - 1)
     assert counts["3"] == seen[0]["3"]
     check_invariants(result.plan, result.layers)
+
+
+def test_every_module_is_left_in_its_own_mode():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).train()
+    model[1].eval()
+    config = CompressionConfig(block=(2, 2), exempt_first_last=False)
+    recipe = Recipe(epochs_admm=0, epochs_retrain=1)
+    compress(model, config, (torch.randn(16, 8), torch.arange(16) % 4), recipe)
+    assert [module.training for module in model] == [True, False, True]
