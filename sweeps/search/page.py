@@ -40,38 +40,38 @@ another way (and computes nothing of the first again that it meets).
 _METHOD = """
 ## Beside the truth
 
-The space `{name}` has {points:,} points and was enumerated; each search evaluated {evaluations} of them ({share:.0f}
-%), {seeds} seeds per sampler. Hypervolume is measured from a tenth of the front's range beyond its worst values and
-given as a share of the true one (goal {goal:g}). A knee is that of each pair of objectives, and of all three; it counts
-as found when a point with exactly its values was. "Front found" counts distinct objective values. "Points to goal"
-is the median over the seeds, – where a seed did not get there. Block types are random, so there is no accuracy;
-`pruned` stands in for it: the same speed with less pruned is better.
+Spaces small enough were enumerated; each search evaluated a part, {seeds} seeds per sampler. Hypervolume is measured
+from a tenth of the front's range beyond its worst values and given as a share of the true one (goal {goal:g}). A knee is
+that of each pair of objectives, and of all three; it counts as found when a point with exactly its values was. "Front
+found" counts distinct objective values. "Points to goal" is the median over the seeds, – where a seed did not get there.
+Block types are random, so there is no accuracy; `pruned` stands in for it: the same speed with less pruned is better.
+The shares of the three sources were chosen on `search-proof`; nothing was on `search-held-out`.
+"""
+
+_SPACE = """
+### `{name}`: {points:,} points, {evaluations} evaluated by each search ({share:.0f} %)
 """
 
 
-def page(space: Space, proofs: Sequence[Proof], seeds: int) -> str:
-    """The page as Markdown; figures are expected in ``images/``."""
-    first = proofs[0]
-    without = [name for name in SAMPLERS if name not in set(first.runs["sampler"])]
-    parts = [
-        _HEAD,
-        _METHOD.format(
-            name=space.name,
-            points=first.points,
-            evaluations=first.evaluations,
-            share=100 * first.evaluations / first.points,
-            seeds=seeds,
-            goal=GOAL,
-        ),
-    ]
-    if without:
+def page(groups: Sequence[tuple[Space, Sequence[Proof]]], seeds: int) -> str:
+    """The page as Markdown, spaces with what was asked of them; figures are expected in ``images/``."""
+    run = {sampler for _, proofs in groups for proof in proofs for sampler in proof.runs["sampler"]}
+    parts = [_HEAD, _METHOD.format(seeds=seeds, goal=GOAL)]
+    if without := [name for name in SAMPLERS if name not in run]:
         parts.append(f"\nNot run for this page: {', '.join(without)}.\n")
-    for proof in proofs:
+    for space, proofs in groups:
+        first = proofs[0]
+        share = 100 * first.evaluations / first.points
         parts.append(
-            f"\n### {str(proof.question).capitalize()}\n\n"
-            f"{proof.feasible:,} points are feasible, {proof.front} values make the true front.\n\n"
-            f"{_markdown(proof.summary())}\n\n![{proof.plot.title}](images/{proof.plot.name}.png)\n\n{proof.plot.caption.capitalize()}\n"
+            _SPACE.format(name=space.name, points=first.points, evaluations=first.evaluations, share=share)
         )
+        for proof in proofs:
+            parts.append(
+                f"\n#### {str(proof.question).capitalize()}\n\n"
+                f"{proof.feasible:,} points are feasible, {proof.front} values make the true front.\n\n"
+                f"{_markdown(proof.summary())}\n\n![{proof.plot.title}](images/{proof.plot.name}.png)\n\n"
+                f"{proof.plot.caption.capitalize()}\n"
+            )
     return "".join(parts)
 
 
