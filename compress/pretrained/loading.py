@@ -34,6 +34,7 @@ class Pretrained:
         In evaluation mode.
     preprocess : callable
         Raw inputs to what the network takes: a list of ``uint8[height, width, 3]`` images, of sentences, or audio at 16 kHz.
+        Images also take a ``size`` other than the published one, sentences a ``length``.
     input_shape : tuple of int
     notes : tuple of str
         Package, licence, and what differs from the publication.
@@ -109,10 +110,10 @@ def _preprocessing(entry: Source, wheel: str | Path | None) -> Callable[[Any], T
         return minilm.WordPiece(text.splitlines())
     if entry.name.startswith("crepe"):
         return crepe.frames_of
-    size = (entry.input_shape[1], entry.input_shape[2])
+    published = (entry.input_shape[1], entry.input_shape[2])
     mean, deviation = _SCALING.get(entry.name, ((127.5,) * 3, (127.5,) * 3))
 
-    def images(values: list[NDArray[np.uint8]]) -> Tensor:
+    def images(values: list[NDArray[np.uint8]], size: tuple[int, int] = published) -> Tensor:
         batch = torch.stack([resized(image, size) for image in values])
         return (batch - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None]
 

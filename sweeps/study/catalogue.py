@@ -220,7 +220,7 @@ def one_shot() -> Iterator[Run]:
         shares = {"pruned": pruned, "unified": unified, "dense": round(1 - pruned - unified, 6)}
         parts = [f"{share:.0%} {name}" for name, share in shares.items() if share]
         point = ", ".join([*parts, f"{bits} bits"] if shares["dense"] else parts)
-        is_spread = 0 < pruned + unified and (pruned, unified) != (0.0, 1.0)
+        is_spread = pruned + unified > 0 and (pruned, unified) != (0.0, 1.0)
         for task in ONE_SHOT_TASKS:
             for method, ranking in (("hessian", "hessian"), ("projection", "magnitude")):
                 fields: dict[str, Any] = {
