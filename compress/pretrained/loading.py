@@ -20,7 +20,7 @@ from compress.pretrained.catalog import Source, find_weights, source
 from compress.train import state_problems
 from hwsim.errors import FormatError, InputError, Problem
 
-__all__ = ["Pretrained", "load_pretrained", "resized"]
+__all__ = ["Pretrained", "load_pretrained", "read_tensors", "resized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +88,16 @@ _OWN_NAMES: dict[str, Callable[[str], str]] = {
 }
 
 
+def read_tensors(content: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, or of one of `torch.save`, of which nothing is unpickled but tensors."""
+    if name.endswith(".safetensors"):
+        return load_safetensors(content)
+    found: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return found
+
+
 def _with_weights(entry: Source, content: bytes) -> nn.Module:
-    if entry.file.endswith(".safetensors"):
-        tensors = load_safetensors(content)
-    else:
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    tensors = read_tensors(content, entry.file)
     rename = _OWN_NAMES.get(entry.name, str)
     state = {rename(key): values for key, values in tensors.items() if rename(key)}
     model = zoo.build(entry.name, device="meta")
