@@ -150,13 +150,14 @@ def solve(layer: PlannedLayer, quadratic: Quadratic, recipe: OneShotRecipe) -> S
 
 
 def _best_step(form: Form, quadratic: Quadratic, steps: list[float], bits: tuple[int, int]) -> float:
-    """Of every sixth step, then of those around the best."""
+    """Of every sixth step, those around the best, and the one that the weights alone ask for."""
 
     def loss(step: float) -> float:
         return quadratic.loss(_rounded(form, step, *bits).matrix())
 
     near = steps.index(min(steps[::6], key=loss))
-    return min(steps[max(0, near - 5) : near + 6], key=loss)
+    alone = choose_step_size(form.dense, form.magnitudes, form.types, form.block, *bits)
+    return min([*steps[max(0, near - 5) : near + 6], alone], key=loss)
 
 
 def _rounded(form: Form, step: float, weight_bits: int, magnitude_bits: int) -> Form:

@@ -239,7 +239,7 @@ def _plan(run: Run, model: nn.Module, calibration: Tensor) -> Plan:
         unified=run.unified,
         weight_bits=run.weight_bits,
         exempt_first_last=run.exempt_first_last,
-        rules=tuple({"pattern": name, "exempt": True} for name in depthwise),  # type: ignore[misc]
+        rules=tuple({"pattern": name, "exempt": True} for name in depthwise),
     )
     if not run.allocation:
         return plan_layers(model, config)

@@ -342,7 +342,22 @@ def test_integers_made_up_for_are_no_worse_than_rounded_ones(
     losses = [problem.loss(weights_of(one, tuple(form.dense.shape))) for one in (rounded, chosen)]
     assert losses[1] <= losses[0] * (1 + 1e-5) + 1e-9
     assert np.array_equal(chosen.types, form.types.numpy())
-    assert chosen.weights.step_size == rounded.weights.step_size
+
+
+def test_an_outlier_that_meets_large_inputs_is_not_clipped() -> None:
+    """As in the feed-forward layers of MiniLM: one weight hundreds of times the others, on the input with the most energy."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 16, 64, generator=random, dtype=torch.float64) / 100
+    weight[0, 3, 5] = 10.0
+    products = torch.eye(64, dtype=torch.float64)[None].clone()
+    products[0, 5, 5] = 1e4
+    problem = Quadratic.of_products(products, None, weight, 1e-4)
+    layer = planned(16, 64, (0, 0))
+    form = projected(layer, weight)
+    alone, chosen = (weights_of(quantized(layer, form, against), (1, 16, 64)) for against in (None, problem))
+    # Alone it is clipped a little for the sake of the others, which lose their precision as well.
+    assert abs(float(chosen[0, 3, 5]) - 10.0) <= abs(float(alone[0, 3, 5]) - 10.0)
+    assert problem.loss(chosen) < problem.loss(alone)
 
 
 def test_two_bit_weights_gain_from_it() -> None:
