@@ -345,19 +345,21 @@ def test_integers_made_up_for_are_no_worse_than_rounded_ones(
 
 
 def test_an_outlier_that_meets_large_inputs_is_not_clipped() -> None:
-    """As in the feed-forward layers of MiniLM: one weight hundreds of times the others, on the input with the most energy."""
+    """As in the feed-forward layers of MiniLM: one weight far above the others, on the input with the most energy."""
     random = torch.Generator().manual_seed(0)
-    weight = torch.randn(1, 16, 64, generator=random, dtype=torch.float64) / 100
-    weight[0, 3, 5] = 10.0
-    products = torch.eye(64, dtype=torch.float64)[None].clone()
+    weight = torch.randn(1, 128, 128, generator=random, dtype=torch.float64) / 20
+    weight[0, 3, 5] = 1.0
+    products = torch.eye(128, dtype=torch.float64)[None].clone()
     products[0, 5, 5] = 1e4
     problem = Quadratic.of_products(products, None, weight, 1e-4)
-    layer = planned(16, 64, (0, 0))
+    layer = planned(128, 128, (0, 0))
     form = projected(layer, weight)
-    alone, chosen = (weights_of(quantized(layer, form, against), (1, 16, 64)) for against in (None, problem))
-    # Alone it is clipped a little for the sake of the others, which lose their precision as well.
-    assert abs(float(chosen[0, 3, 5]) - 10.0) <= abs(float(alone[0, 3, 5]) - 10.0)
-    assert problem.loss(chosen) < problem.loss(alone)
+    alone, chosen = (
+        weights_of(quantized(layer, form, against), (1, 128, 128)) for against in (None, problem)
+    )
+    assert float(alone[0, 3, 5]) < 0.95  # clipped, for the precision of the others
+    assert float(chosen[0, 3, 5]) == pytest.approx(1.0, abs=0.005)
+    assert problem.loss(chosen) < 0.5 * problem.loss(alone)
 
 
 def test_two_bit_weights_gain_from_it() -> None:
