@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
@@ -119,7 +120,8 @@ def allocate(
         return replace(plan.with_counts(_ranked(treated, h)), allocation=Allocation(chosen))
     # Bytes of a file do not depend on the size of an input.
     shape = input_shape or (tuple(batches[0][0].shape[1:]) if batches else ())
-    return _within(wanted, chosen, model, plan, treated, blocks, h, shape)
+    dtype = batches[0][0].dtype if batches else torch.float32
+    return _within(wanted, chosen, model, plan, treated, blocks, h, shape, dtype)
 
 
 def _batches(data: Data | None) -> list[tuple[Tensor, Tensor]]:
@@ -312,8 +314,9 @@ def _within(
     blocks: Sequence[tuple[int, int]],
     h: Mapping[str, Tensor],
     input_shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> Plan:
-    cost = budget.cost_function(model, input_shape)
+    cost = budget.cost_function(model, input_shape, dtype)
     fixed = budget.fixed_cost(model, plan.layers)
     names = {layer.name for layer in treated}
     exempt = {
@@ -357,13 +360,14 @@ def budget_spent(
     plan: Plan,
     types: Mapping[str, NDArray[np.uint8]],
     input_shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """What final block types cost in the quantity of a budget, measured as `allocate` did.
 
     Training moves the blocks of a plan about. Their counts stay, and with them bytes; cycles and energy also depend on how the
     blocks share rows and banks.
     """
-    cost = budget.cost_function(model, input_shape)
+    cost = budget.cost_function(model, input_shape, dtype)
     return budget.fixed_cost(model, plan.layers) + sum(
         cost(layer, types[layer.name]) for layer in plan.layers
     )

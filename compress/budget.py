@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -107,13 +108,15 @@ class Budget:
     machine: Machine | None = None
     rates: FileRates | None = None
 
-    def cost_function(self, model: nn.Module, input_shape: tuple[int, ...]) -> CostFunction:
-        """The cost of a layer of this very model in the budget's quantity."""
+    def cost_function(
+        self, model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> CostFunction:
+        """The cost of a layer of this very model, with inputs of this shape and type, in the budget's quantity."""
         if self.machine is None:
             layers = {} if self.rates is None else self.rates.layers
             return lambda layer, types: file_bytes(layer, types, layers.get(layer.name))
         shapes: dict[str, list[LayerShape]] = {}
-        for shape in layer_shapes(model, input_shape):
+        for shape in layer_shapes(model, input_shape, dtype=dtype):
             shapes.setdefault(module_name(shape.name), []).append(shape)
         return machine_cost(self.machine, self.quantity, shapes)
 

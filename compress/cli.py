@@ -253,7 +253,8 @@ def compress(
 ) -> None:
     """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers. Or in one shot.
 
-    An ONNX file, or a network whose weights a package brings (`hwsim models`), is projected in one shot, without training.
+    An ONNX file, or a network whose weights a package brings (`hwsim models`), is compressed in one shot: with --inputs fitted
+    to what the original gives on them, without them projected as it is.
 
     First and last layer stay dense unless --all-layers or a rule of --config says otherwise. The file holds the integers,
     how they were made, and the accuracy of the float network and of the 8-bit machine.
@@ -278,28 +279,33 @@ def compress(
         raise InputError("options", Problem("max_loss", "needs a preset", "add --preset small"))
     where = choose_device(device)
     if is_untrained(str(model)):
-        _check_untrained(settings, budget, blocks, max_loss, checkpoint, allocation)
-        shape = {"block": parse_block(blocks[0])} if blocks else {}
-        plan, _ = _settings(config, {**settings, **shape, "seed": seed})
-        compress_untrained(
-            str(model),
-            plan,
-            out,
-            inputs=inputs,
-            input_shape=parse_shape(input_shape),
-            allocation=allocation,
-            activation_bits=activation_bits,
-            preset=preset,
-            seed=seed,
-        )
-        return
-    _check_trained(model, inputs, input_shape)
+        _check_untrained(settings, max_loss, inputs, one_shot, allocation)
+    else:
+        _check_trained(model, inputs, input_shape)
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
     _check_choices(budget, len(shapes), one_shot, settings)
     if wanted is not None:
         settings |= {"pruned": None, "unified": None}
     plan, recipe = _settings(config, {**settings, "block": shapes[0] if shapes else None, "seed": seed})
+    if is_untrained(str(model)):
+        with _layer_bar() as progress:
+            compress_untrained(
+                str(model),
+                plan,
+                out,
+                inputs=inputs,
+                input_shape=parse_shape(input_shape),
+                allocation=allocation,
+                budget=wanted,
+                blocks=shapes if wanted is not None else (),
+                activation_bits=activation_bits,
+                preset=preset,
+                seed=seed,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+        return
     dense = load_checkpoint(model)
     path = out or model.with_name(f"{model.name.removesuffix('.safetensors')}.hws.safetensors")
     check_writable(path)
@@ -382,28 +388,31 @@ def _check_trained(model: Path, inputs: Path | None, input_shape: str | None) ->
 
 def _check_untrained(
     settings: dict[str, Any],
-    budget: str | None,
-    blocks: tuple[str, ...],
     max_loss: float | None,
-    checkpoint: Path | None,
+    inputs: Path | None,
+    one_shot: bool,
     allocation: str | None,
 ) -> None:
-    """Options that need training data or labels."""
+    """Options that need training data or labels, or calibration inputs that are not there."""
     from compress.rules import Recipe
     from hwsim.errors import InputError, Problem
 
     given = {name: settings[name] for name in Recipe.model_fields if settings.get(name) is not None}
-    given |= {"budget": budget, "max_loss": max_loss, "checkpoint": checkpoint}
-    given |= {"block": True if len(blocks) > 1 else None}
-    given |= {"allocation": allocation if allocation in ("fisher", "hessian") else None}
+    given |= {"max_loss": max_loss, "allocation fisher": True if allocation == "fisher" else None}
     problems = [
         Problem(
             f"--{name.replace('_', '-')}",
-            "does not apply to a network that is projected in one shot",
+            "does not apply to a network that is compressed in one shot without labels",
             "leave it out",
         )
         for name, value in given.items()
         if value is not None
+    ]
+    real = {"one-shot": one_shot, "allocation hessian": allocation == "hessian"}
+    problems += [
+        Problem(f"--{name}", "needs calibration inputs", "add --inputs FILE.npy")
+        for name, is_given in real.items()
+        if is_given and inputs is None
     ]
     if problems:
         raise InputError("options", problems)

@@ -10,6 +10,7 @@ import click
 if TYPE_CHECKING:
     import torch
 
+    from compress.artifact import Artifact
     from compress.rules import CompressionConfig
 
 __all__ = ["compress_untrained", "is_untrained", "models", "parse_shape"]
@@ -96,15 +97,18 @@ def compress_untrained(
     *,
     inputs: Path | None,
     input_shape: tuple[int, ...] | None,
-    allocation: Any,
-    activation_bits: int,
     preset: str | None,
     seed: int,
+    **options: Any,
 ) -> None:
-    """Project a network in one shot, calibrate it, and write it."""
+    """Compress a network in one shot, calibrate it, and write it; further options are those of `compress_network`.
+
+    With inputs each layer is fitted to what the original gives on them; random ones say nothing, so then weights are projected.
+    """
     from compress.any_network import compress_network
     from compress.artifact import save_artifact
     from compress.container import check_writable
+    from compress.one_shot import OneShotRecipe
     from compress.rules import Recipe
     from hwsim.tables import format_table
 
@@ -112,16 +116,16 @@ def compress_untrained(
     check_writable(path)
     network, shape, dtype, notes = _load(model, input_shape)
     calibration = _calibration(inputs, shape, dtype, seed)
-    click.echo("projecting, calibrating, writing", err=True)
     artifact = compress_network(
         network,
         calibration,
         config,
         Recipe(seed=seed),
+        one_shot=OneShotRecipe(method="projection" if inputs is None else "hessian"),
         network=notes.pop("network"),
-        allocation=allocation,
-        activation_bits=activation_bits,
+        preset=preset or "small",
         notes=notes | {"calibrated_on": "random inputs" if inputs is None else inputs.name},
+        **options,
     )
     size_bytes = save_artifact(path, artifact, preset or "small")
     if artifact.recipe["plain"]:
@@ -135,12 +139,33 @@ def compress_untrained(
     click.echo(
         f"network   {Path(model).name}: {len(artifact.compressed)} layers with {weights:,} weights compressed, in one shot"
     )
+    click.echo(f"          {_fitted(artifact, inputs, len(calibration))}")
     for text in notes.get("weights", []):
         click.echo(f"          {text}")
     click.echo(
         f"written   {path} ({size_bytes:,} bytes with all that is not compressed, {float_bytes / size_bytes:.1f} times "
         "smaller than fp32; nobody has measured what it still gets right)"
     )
+
+
+def _fitted(artifact: Artifact, inputs: Path | None, count: int) -> str:
+    """What the weights were fitted to, and how well; what was reached of a budget."""
+    errors = artifact.results.get("layer_errors", [])
+    text = "weights projected as they are, not fitted to any inputs"
+    if inputs is not None and errors:
+        before, after = (
+            sum(row[name] for row in errors) / len(errors)
+            for name in ("projected_percent", "reached_percent")
+        )
+        text = (
+            f"fitted to {count} inputs of {inputs.name}: mean squared error of a layer's outputs {after:.2f} % of their "
+            f"energy (projected: {before:.2f} %)"
+        )
+    if "budget" in artifact.results:
+        spent = artifact.results["budget"]
+        share = spent["reached"] / spent["limit"]
+        text += f"; {spent['quantity']} {spent['reached']:,.10g} of {spent['limit']:,.10g} ({share:.2%})"
+    return text
 
 
 def _load(
@@ -174,7 +199,7 @@ def _calibration(path: Path | None, shape: tuple[int, ...], dtype: torch.dtype, 
     if path is None:
         click.echo(
             f"warning: activations are calibrated on {RANDOM_INPUTS} random inputs, so their scales mean nothing for real "
-            "ones; give some with --inputs FILE.npy",
+            "ones, and weights are projected as they are; give some with --inputs FILE.npy",
             err=True,
         )
         generator = torch.Generator().manual_seed(seed)

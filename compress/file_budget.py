@@ -24,7 +24,7 @@ from compress.train import Checkpoint
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, UNIFIED
 
-__all__ = ["compress_within", "file_rates", "within_file_bytes"]
+__all__ = ["compress_within", "file_rates", "within_file_bytes", "within_measured"]
 
 TOLERANCE = 0.02
 """Share of the budget that may be left."""
@@ -135,8 +135,20 @@ def _with_size(artifact: Artifact, budget: Budget, preset: str) -> tuple[Artifac
     return artifact, size
 
 
-def _within_measured(budget: Budget, build: Callable[[Budget, int], Artifact]) -> Artifact:
-    """The first artifact whose final types keep a budget of the machine: where blocks lie changes cycles and energy."""
+def within_measured(budget: Budget, build: Callable[[Budget, int], Artifact]) -> Artifact:
+    """The first artifact whose final types keep a budget of the machine: where blocks lie changes cycles and energy.
+
+    Parameters
+    ----------
+    budget : Budget
+    build : callable
+        ``build(budget, turn)``; its ``results["budget"]["reached"]`` says what the final types cost.
+
+    Raises
+    ------
+    InputError
+        No turn met the budget.
+    """
     aim = budget
     for turn in range(MOST_TURNS):
         artifact = build(aim, turn)
@@ -198,7 +210,7 @@ def compress_within(
     if budget is None or (one_shot is None and not is_file):
         return run(budget, one_shot, root, **options)
     if one_shot is not None:
-        return within_file_bytes(budget, turn_of, preset)[0] if is_file else _within_measured(budget, turn_of)
+        return within_file_bytes(budget, turn_of, preset)[0] if is_file else within_measured(budget, turn_of)
     rehearsed = options | {"max_loss": 0.0, "progress": None}
     projection = OneShotRecipe(method="projection")
     _, priced = within_file_bytes(budget, lambda aim, _: run(aim, projection, None, **rehearsed), preset)

@@ -106,14 +106,14 @@ def choose_step_size(
         Exactly representable in float32; 1.0 for a layer without a non-zero weight.
     """
     _, m, k = dense.shape
+    steps = candidate_steps(dense, magnitudes, types, block, weight_bits, magnitude_bits)
+    if len(steps) == 1:
+        return steps[0]
     weights = dense[expand_blocks(types == DENSE, block, m, k)]
     shared = magnitudes[types == UNIFIED]
     entries = real_entries(m, k, block).to(types.device).expand(types.shape)[types == UNIFIED]
     least, greatest = weight_range(weight_bits)
     _, most = magnitude_range(magnitude_bits)
-    fitted = max(_largest(weights) / greatest, _largest(shared) / most)
-    if fitted == 0:
-        return 1.0
     stride = -(-(weights.numel() + shared.numel()) // _SEARCH_VALUES)
     weights, shared, entries = (part[::stride].double() for part in (weights, shared, entries))
     one = torch.ones_like
@@ -126,8 +126,27 @@ def choose_step_size(
         quantized = torch.clamp(torch.round(values / step_size), low, high) * step_size
         return float((counts * (values - quantized).square()).sum())
 
-    candidates = [max(float(np.float32(fitted * shrink)), _TINY) for shrink in _SHRINKS]
-    return min(candidates, key=error)
+    return min(steps, key=error)
+
+
+def candidate_steps(
+    dense: Tensor,
+    magnitudes: Tensor,
+    types: Tensor,
+    block: tuple[int, int],
+    weight_bits: int,
+    magnitude_bits: int,
+) -> list[float]:
+    """Step sizes that a layer may have, from the one that fits its largest value down; ``[1.0]`` where all is zero."""
+    weights = dense[expand_blocks(types == DENSE, block, *dense.shape[1:])]
+    shared = magnitudes[types == UNIFIED]
+    fitted = max(
+        _largest(weights) / weight_range(weight_bits)[1],
+        _largest(shared) / magnitude_range(magnitude_bits)[1],
+    )
+    if fitted == 0:
+        return [1.0]
+    return [max(float(np.float32(fitted * shrink)), _TINY) for shrink in _SHRINKS]
 
 
 def _largest(values: Tensor) -> float:

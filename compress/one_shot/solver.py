@@ -17,7 +17,13 @@ from compress.one_shot.form import Form, choose_levels, refit
 from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
 from compress.projection import Projection, project_to_counts
-from compress.quantize import choose_step_size, magnitude_range, quantize_blocks, weight_range
+from compress.quantize import (
+    candidate_steps,
+    choose_step_size,
+    magnitude_range,
+    quantize_blocks,
+    weight_range,
+)
 from compress.rules import PlannedLayer
 from hwsim.layer import UNIFIED
 
@@ -143,17 +149,37 @@ def solve(layer: PlannedLayer, quadratic: Quadratic, recipe: OneShotRecipe) -> S
     return found._replace(form=_refined(quadratic, best, recipe.sign_turns))
 
 
+def _best_step(form: Form, quadratic: Quadratic, steps: list[float], bits: tuple[int, int]) -> float:
+    """Of every sixth step, those around the best, and the one that the weights alone ask for."""
+
+    def loss(step: float) -> float:
+        return quadratic.loss(_rounded(form, step, *bits).matrix())
+
+    near = steps.index(min(steps[::6], key=loss))
+    alone = choose_step_size(form.dense, form.magnitudes, form.types, form.block, *bits)
+    return min([*steps[max(0, near - 5) : near + 6], alone], key=loss)
+
+
+def _rounded(form: Form, step: float, weight_bits: int, magnitude_bits: int) -> Form:
+    magnitudes = torch.round(form.magnitudes / step).clamp_(*magnitude_range(magnitude_bits)) * step
+    dense = torch.round(form.dense / step).clamp_(*weight_range(weight_bits)) * step
+    return replace(form, magnitudes=magnitudes, dense=dense)
+
+
 def quantized(
     layer: PlannedLayer, form: Form, quadratic: Quadratic | None, sign_turns: int = 1
 ) -> CompressedLayer:
     """The integers of a form; with a quadratic, signs and dense weights make up for what rounding changed."""
     settings = layer.settings
     bits = settings.weight_bits, settings.magnitude_bits
-    step = choose_step_size(form.dense, form.magnitudes, form.types, settings.block, *bits)
     low, high = weight_range(bits[0])
-    magnitudes = torch.round(form.magnitudes / step).clamp_(*magnitude_range(bits[1])) * step
-    dense = torch.round(form.dense / step).clamp_(low, high) * step
-    form = replace(form, magnitudes=magnitudes, dense=dense)
+    layer_of = form.dense, form.magnitudes, form.types, settings.block
+    if quadratic is None:
+        step = choose_step_size(*layer_of, *bits)
+    else:
+        # By what the outputs lose: a few outliers that meet large inputs may matter more than the precision of all others.
+        step = _best_step(form, quadratic, candidate_steps(*layer_of, *bits), bits)
+    form = _rounded(form, step, *bits)
     for _ in range(sign_turns if quadratic is not None else 0):
         assert quadratic is not None
         form, changed = choose_levels(quadratic, form, (step, low, high))

@@ -20,7 +20,7 @@ from compress.pretrained.catalog import Source, find_weights, source
 from compress.train import state_problems
 from hwsim.errors import FormatError, InputError, Problem
 
-__all__ = ["Pretrained", "load_pretrained", "resized"]
+__all__ = ["Pretrained", "load_pretrained", "read_tensors", "resized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Pretrained:
         In evaluation mode.
     preprocess : callable
         Raw inputs to what the network takes: a list of ``uint8[height, width, 3]`` images, of sentences, or audio at 16 kHz.
+        Images also take a ``size`` other than the published one, sentences a ``length``.
     input_shape : tuple of int
     notes : tuple of str
         Package, licence, and what differs from the publication.
@@ -87,11 +88,16 @@ _OWN_NAMES: dict[str, Callable[[str], str]] = {
 }
 
 
+def read_tensors(content: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, or of one of `torch.save`, of which nothing is unpickled but tensors."""
+    if name.endswith(".safetensors"):
+        return load_safetensors(content)
+    found: dict[str, Tensor] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return found
+
+
 def _with_weights(entry: Source, content: bytes) -> nn.Module:
-    if entry.file.endswith(".safetensors"):
-        tensors = load_safetensors(content)
-    else:
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    tensors = read_tensors(content, entry.file)
     rename = _OWN_NAMES.get(entry.name, str)
     state = {rename(key): values for key, values in tensors.items() if rename(key)}
     model = zoo.build(entry.name, device="meta")
@@ -109,10 +115,10 @@ def _preprocessing(entry: Source, wheel: str | Path | None) -> Callable[[Any], T
         return minilm.WordPiece(text.splitlines())
     if entry.name.startswith("crepe"):
         return crepe.frames_of
-    size = (entry.input_shape[1], entry.input_shape[2])
+    published = (entry.input_shape[1], entry.input_shape[2])
     mean, deviation = _SCALING.get(entry.name, ((127.5,) * 3, (127.5,) * 3))
 
-    def images(values: list[NDArray[np.uint8]]) -> Tensor:
+    def images(values: list[NDArray[np.uint8]], size: tuple[int, int] = published) -> Tensor:
         batch = torch.stack([resized(image, size) for image in values])
         return (batch - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None]
 

@@ -179,6 +179,60 @@ def recipe_choice() -> Iterator[Run]:
             yield replace(full, variant=variant, training=replace(full.training, **changes))
 
 
+ONE_SHOT_TASKS = ("efficientnet-lite0", "minilm-l6", "mobilenetv2")
+ONE_SHOT_POINTS: tuple[tuple[tuple[int, int], float, float, int], ...] = (
+    # block, pruned, unified, bits of dense weights: the most informative first
+    ((4, 4), 0.0, 0.0, 8),
+    ((4, 4), 0.0, 1.0, 8),
+    ((4, 4), 0.0, 0.5, 6),
+    ((4, 4), 0.5, 0.0, 6),
+    ((4, 4), 0.0, 0.0, 5),
+    ((1, 4), 0.0, 0.5, 6),
+    ((1, 4), 0.0, 1.0, 8),
+    ((4, 4), 0.0, 0.0, 6),
+    ((4, 4), 0.25, 0.5, 6),
+    ((4, 4), 0.5, 0.5, 8),
+    ((1, 4), 0.5, 0.0, 6),
+    ((4, 4), 0.0, 0.0, 4),
+    ((4, 4), 0.25, 0.0, 6),
+    ((4, 4), 0.0, 0.25, 6),
+    ((1, 4), 0.25, 0.5, 6),
+    ((1, 4), 0.5, 0.5, 8),
+    ((1, 8), 0.0, 0.5, 6),
+    ((1, 16), 0.0, 1.0, 8),
+    ((16, 1), 0.0, 1.0, 8),
+    ((1, 8), 0.0, 1.0, 8),
+    ((4, 4), 0.0, 0.75, 6),
+    ((4, 4), 0.75, 0.0, 6),
+    ((4, 4), 0.5, 0.0, 4),
+    ((1, 4), 0.25, 0.0, 5),
+)
+
+
+def one_shot() -> Iterator[Run]:
+    """Published weights, no training: rounded, unified, pruned and both; with the Hessian and without, point by point.
+
+    Ratios are spread by ranking all blocks, with the Hessian's diagonal or by the weights alone; pruning by Erdős–Rényi too.
+    """
+    for task in ONE_SHOT_TASKS:
+        yield Run(task, "start")
+    for block, pruned, unified, bits in ONE_SHOT_POINTS:
+        shares = {"pruned": pruned, "unified": unified, "dense": round(1 - pruned - unified, 6)}
+        parts = [f"{share:.0%} {name}" for name, share in shares.items() if share]
+        point = ", ".join([*parts, f"{bits} bits"] if shares["dense"] else parts)
+        is_spread = pruned + unified > 0 and (pruned, unified) != (0.0, 1.0)
+        for task in ONE_SHOT_TASKS:
+            for method, ranking in (("hessian", "hessian"), ("projection", "magnitude")):
+                fields: dict[str, Any] = {
+                    "block": block, "pruned": pruned, "unified": unified, "weight_bits": bits,
+                    "allocation": ranking if is_spread else "",
+                }  # fmt: skip
+                run = Run(task, method, 0, point, **fields)
+                yield run
+                if pruned == 0.5 and block == (4, 4):
+                    yield replace(run, variant="Erdős–Rényi", allocation="erdos-renyi")
+
+
 def _distinct(runs: Callable[[], Iterator[Run]]) -> Callable[[], list[Run]]:
     return lambda: list({run.key: run for run in runs()}.values())
 
@@ -188,6 +242,7 @@ STUDIES: Mapping[str, Callable[[], list[Run]]] = MappingProxyType(
         "fashion-mnist": _distinct(fashion_mnist),
         "ablation": _distinct(ablation),
         "generality": _distinct(generality),
+        "one-shot": _distinct(one_shot),
         "recipe-choice": _distinct(recipe_choice),
     }
 )
@@ -198,6 +253,7 @@ STUDY_NOTES = MappingProxyType(
         "fashion-mnist": "accuracy against bytes, LeNet-5 and ResNet-20, all methods",
         "ablation": "what ADMM, budget, permutation, distillation and retraining contribute",
         "generality": "an autoencoder and CREPE-tiny, dense and compressed 20 and 50 times",
+        "one-shot": "EfficientNet-Lite0, MobileNetV2 and MiniLM-L6 without training: agreement with fp32 against bytes",
         "recipe-choice": "the runs on held-out training images that recipes were chosen by",
     }
 )

@@ -44,6 +44,7 @@ from hwsim.errors import InputError
 from hwsim.files import write_atomically
 from hwsim.image import memory_image
 from hwsim.machine import load_machine
+from sweeps.study import one_shot
 from sweeps.study.dense import train_dense
 from sweeps.study.folder import Result, StudyFolder
 from sweeps.study.runs import Run
@@ -79,6 +80,8 @@ def execute(run: Run, folder: StudyFolder, progress: ProgressCallback | None = N
     """
     clock = _Clock(folder.state_folder(run.key) / "seconds.json", progress)
     progress = clock.tick
+    if run.task in one_shot.SUBJECTS:
+        return _one_shot(run, folder, clock)
     task = find_task(run.task)
     examples = task.examples().for_training(run.training)
     if run.method == "dense":
@@ -102,6 +105,25 @@ def execute(run: Run, folder: StudyFolder, progress: ProgressCallback | None = N
         wall_seconds=round(seconds[1], 2),
         epochs=run.trained_epochs,
         details=found.details | {"examples": examples.source, "trained_on": len(examples.train[0])},
+        packages=package_versions(),
+        code=code_digest(),
+    )
+
+
+def _one_shot(run: Run, folder: StudyFolder, clock: _Clock) -> Result:
+    found = one_shot.compressed(run, folder, clock.tick)
+    seconds = clock.seconds()
+    return Result(
+        run=run,
+        quality=found.quality,
+        file_bytes=found.file_bytes,
+        image_bytes=None,
+        fp32_bytes=found.fp32_bytes,
+        coders={},
+        seconds=round(seconds[0], 2),
+        wall_seconds=round(seconds[1], 2),
+        epochs=0,
+        details=found.details | {"examples": found.examples},
         packages=package_versions(),
         code=code_digest(),
     )
@@ -147,7 +169,7 @@ def _fp32_bytes(model: nn.Module) -> int:
 @lru_cache(maxsize=1)
 def code_digest() -> str:
     """16 hexadecimal digits over the sources that decide a result: the package compress, and training and methods here."""
-    names = ("channels", "dense", "methods", "pitch", "runs", "tasks")
+    names = ("channels", "dense", "methods", "one_shot", "photographs", "pitch", "runs", "sentences", "tasks")
     compress_folder = Path(str(compress_package.__file__)).parent
     files = [*sorted(compress_folder.rglob("*.py")), *(Path(__file__).with_name(f"{n}.py") for n in names)]
     content = hashlib.sha256()

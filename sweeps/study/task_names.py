@@ -33,6 +33,7 @@ class Measure:
     larger_is_better: bool
 
 
+_AGREEMENT = Measure("agreement", "agreement with fp32 %", 100.0, 1, True)
 _ACCURACY = Measure("accuracy", "accuracy %", 100.0, 2, True)
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
@@ -40,6 +41,9 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "resnet20": _ACCURACY,
         "autoencoder": Measure("mse", "MSE × 1000", 1000.0, 3, False),
         "crepe": Measure("pitch_accuracy", "pitch accuracy %", 100.0, 2, True),
+        "efficientnet-lite0": _AGREEMENT,
+        "mobilenetv2": _AGREEMENT,
+        "minilm-l6": _AGREEMENT,
     }
 )
 TITLES: Mapping[str, str] = MappingProxyType(
@@ -48,5 +52,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "resnet20": "ResNet-20 for 28×28 images on Fashion-MNIST",
         "autoencoder": "Convolutional autoencoder on Fashion-MNIST",
         "crepe": "CREPE-tiny, the pitch of synthesised tones",
+        "efficientnet-lite0": "EfficientNet-Lite0 (ImageNet), the class of crops of photographs",
+        "mobilenetv2": "MobileNetV2 (ImageNet), the class of crops of photographs",
+        "minilm-l6": "MiniLM-L6, the nearest neighbour of sentences",
     }
 )

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from compress.any_network import compress_network
 from compress.artifact import Artifact, load_artifact, save_artifact
 from compress.integer import quantize_activations
+from compress.one_shot import OneShotRecipe
 from compress.rebuild import rebuild, rebuild_integer
 from compress.rules import CompressionConfig, Recipe
 from compress.shapes import layer_shapes, matrix_work
@@ -112,6 +113,78 @@ def test_pruned_and_unified_blocks_hold(network: nn.Module, inputs: Tensor) -> N
         assert (layer.types == 0).sum() == blocks // 2
     report = simulate(load_machine("msa-8x8").with_fields({"array.block": [2, 2]}), artifact.layers())
     assert report.layers["compute_cycles"].sum() > 0
+
+
+class Kinds(nn.Module):
+    """Transposed, grouped and depthwise convolutions, attention, and a tie: all that has a Hessian of its own kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose1d(8, 8, 4, stride=2, padding=1)
+        self.grouped, self.depthwise = nn.Conv1d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3, groups=8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.fc, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.fc.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(torch.relu(self.grouped(torch.relu(self.up(x))))).transpose(1, 2)
+        x = x + self.attention(x, x, x)[0]
+        return self.tied(torch.relu(self.fc(x)))
+
+
+@torch.no_grad()
+def test_one_shot_fits_every_kind_of_layer_to_its_inputs() -> None:
+    torch.manual_seed(0)
+    model = Kinds().eval()
+    values = (torch.randn(64, 3) @ torch.randn(3, 8 * 12)).reshape(64, 8, 12)
+    kept = CompressionConfig(block=(2, 2), pruned=0.0, unified=0.75, exempt_first_last=False)
+    found = {
+        method: compress_network(
+            model, values, kept, one_shot=OneShotRecipe(method=method), allocation="hessian"
+        )
+        for method in ("projection", "hessian")
+    }
+    errors = {row["layer"]: row for row in found["hessian"].results["layer_errors"]}
+    assert (
+        set(errors) == set(found["hessian"].compressed) >= {"up.conv", "grouped", "depthwise", "attention.q"}
+    )
+    assert all(row["reached_percent"] <= row["projected_percent"] + 0.01 for row in errors.values())
+    lost = {
+        method: off(rebuild(artifact, Kinds)(values), model(values)) for method, artifact in found.items()
+    }
+    assert lost["hessian"] < 0.9 * lost["projection"]
+    assert found["hessian"].recipe["one_shot"]["method"] == "hessian"
+    assert "layer_errors" not in found["projection"].results
+
+
+@pytest.mark.parametrize(
+    "budget", ["file_bytes=5500", "image_bytes=1100,machine=msa-8x8", "latency_cycles=700,machine=msa-8x8"]
+)
+def test_budgets_are_kept_without_labels(budget: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, values = (
+        nn.Sequential(nn.Embedding(12, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)),
+        torch.randint(0, 12, (32, 5)),
+    )
+    if "machine" in budget:
+        config = CompressionConfig(exempt_first_last=False)  # the blocks of the machine
+    else:
+        config = CompressionConfig(block=(2, 2), exempt_first_last=False)
+    artifact = compress_network(
+        model.eval(), values, config, budget=budget, allocation="hessian", checkpoint=tmp_path
+    )
+    spent = artifact.results["budget"]
+    assert 0.8 * spent["limit"] <= spent["reached"] <= spent["limit"]
+    if spent["quantity"] == "file_bytes":
+        assert save_artifact(tmp_path / "a.safetensors", artifact) == spent["reached"]
+    assert artifact.recipe["input_dtype"] == "int64"
+
+
+def test_what_needs_labels_or_goes_without_them_is_refused(network: nn.Module, inputs: Tensor) -> None:
+    with pytest.raises(InputError, match="fisher"):
+        compress_network(network, inputs, HALF, allocation="fisher")
+    with pytest.raises(InputError, match="budget: goes without training"):
+        compress_network(network, inputs, HALF, budget="file_bytes=9", train_data=(inputs, inputs))
 
 
 def test_it_trains_with_admm(tmp_path: Path) -> None:

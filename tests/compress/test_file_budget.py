@@ -117,13 +117,13 @@ def test_a_budget_of_the_machine_is_tightened_until_the_final_types_keep_it() ->
         limits.append(budget.limit)
         return replace(artifact, results={"budget": {"limit": budget.limit, "reached": 1.03 * budget.limit}})
 
-    found = file_budget._within_measured(parse_budget("latency_cycles=1000"), build)
+    found = file_budget.within_measured(parse_budget("latency_cycles=1000"), build)
     assert limits == pytest.approx([1000, 970])
     assert found.results["budget"] == {"limit": 1000, "reached": pytest.approx(999.1)}
     with pytest.raises(
         InputError, match=r"latency_cycles: 1,000 was not met in 6 turns; the last took 2,000"
     ):
-        file_budget._within_measured(
+        file_budget.within_measured(
             parse_budget("latency_cycles=1000"),
             lambda budget, turn: replace(artifact, results={"budget": {"reached": 2000}}),
         )

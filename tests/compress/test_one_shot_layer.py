@@ -342,7 +342,24 @@ def test_integers_made_up_for_are_no_worse_than_rounded_ones(
     losses = [problem.loss(weights_of(one, tuple(form.dense.shape))) for one in (rounded, chosen)]
     assert losses[1] <= losses[0] * (1 + 1e-5) + 1e-9
     assert np.array_equal(chosen.types, form.types.numpy())
-    assert chosen.weights.step_size == rounded.weights.step_size
+
+
+def test_an_outlier_that_meets_large_inputs_is_not_clipped() -> None:
+    """As in the feed-forward layers of MiniLM: one weight far above the others, on the input with the most energy."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 128, 128, generator=random, dtype=torch.float64) / 20
+    weight[0, 3, 5] = 1.0
+    products = torch.eye(128, dtype=torch.float64)[None].clone()
+    products[0, 5, 5] = 1e4
+    problem = Quadratic.of_products(products, None, weight, 1e-4)
+    layer = planned(128, 128, (0, 0))
+    form = projected(layer, weight)
+    alone, chosen = (
+        weights_of(quantized(layer, form, against), (1, 128, 128)) for against in (None, problem)
+    )
+    assert float(alone[0, 3, 5]) < 0.95  # clipped, for the precision of the others
+    assert float(chosen[0, 3, 5]) == pytest.approx(1.0, abs=0.005)
+    assert problem.loss(chosen) < 0.5 * problem.loss(alone)
 
 
 def test_two_bit_weights_gain_from_it() -> None:

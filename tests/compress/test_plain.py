@@ -51,7 +51,7 @@ def transposed(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 @given(transposed())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_a_transposed_convolution_is_one_with_interleaved_outputs(case: tuple[nn.Module, Tensor]) -> None:
     module, values = case
     try:

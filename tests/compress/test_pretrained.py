@@ -103,12 +103,19 @@ def test_the_command_lists_them() -> None:
     assert "torch 1.6.0" in done.output
 
 
-def test_options_that_need_training_are_refused() -> None:
-    done = CliRunner().invoke(
-        cli, ["compress", "crepe-tiny", "--epochs-admm", "2", "--budget", "file_bytes=9"]
-    )
-    assert "--epochs-admm: does not apply" in str(done.exception)
-    assert "--budget: does not apply" in str(done.exception)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--epochs-admm", "2"], "--epochs-admm: does not apply"),
+        (["--allocation", "fisher"], "without labels"),
+        (["--allocation", "hessian"], "--allocation hessian: needs calibration inputs (add --inputs FILE.npy)"),
+        (["--one-shot"], "--one-shot: needs calibration inputs"),
+        (["--budget", "file_bytes=9", "--pruned", "0.5"], "--pruned: a budget decides"),
+    ],
+)
+def test_options_that_need_what_is_not_there_are_refused(options: list[str], said: str) -> None:
+    done = CliRunner().invoke(cli, ["compress", "crepe-tiny", *options])
+    assert said in str(done.exception)
 
 
 def test_a_network_by_name_is_compressed_and_simulated(tmp_path: Path) -> None:

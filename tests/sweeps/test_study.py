@@ -30,9 +30,10 @@ from sweeps.study.channels import narrow_lenet5, narrow_resnet
 from sweeps.study.dense import train_dense
 from sweeps.study.folder import Result, StudyFolder, read_results, result_from_json
 from sweeps.study.methods import execute
+from sweeps.study.one_shot import SUBJECTS
 from sweeps.study.report import rows_of, write_results_page
 from sweeps.study.runner import run_study, select
-from sweeps.study.runs import METHODS, Run, Training, run_from_json
+from sweeps.study.runs import METHODS, ONE_SHOT, Run, Training, run_from_json
 from sweeps.study.task_names import MEASURES, TITLES
 from sweeps.study.tasks import Examples, find_task
 
@@ -77,13 +78,13 @@ def test_all_planned_runs_are_distinct_and_known() -> None:
         assert (
             len({run.key for run in found}) == len({(run.group, run.seed) for run in found}) == len(found)
         ), name
-        assert {run.task for run in found} <= set(tasks.TASKS) == set(MEASURES) == set(TITLES)
+        assert {run.task for run in found} <= {*tasks.TASKS, *SUBJECTS} == set(MEASURES) == set(TITLES)
 
 
 def test_the_first_study_has_what_was_asked_for() -> None:
     runs = STUDIES["fashion-mnist"]()
     lenet5 = [run for run in runs if run.task == "lenet5"]
-    assert {run.method for run in lenet5} == set(METHODS)
+    assert {run.method for run in lenet5} == set(METHODS) - set(ONE_SHOT)
     for method in ("pruned", "unified", "binary", "joint", "budget"):
         shapes = {run.shape for run in lenet5 if run.method == method}
         assert shapes == {"1x4", "4x4", "8x8", "16x1"}, method
