@@ -329,7 +329,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "steps",
         "a drain counts the columns that a tile lacks",
         "outputs = channels[group, t] * live_columns",
-        "outputs = tiles.channels[group, t] * config.columns",
+        "outputs = channels[group, t] * config.columns",
     ),
     KernelMutant(
         125,

@@ -108,7 +108,10 @@ def test_the_command_lists_them() -> None:
     [
         (["--epochs-admm", "2"], "--epochs-admm: does not apply"),
         (["--allocation", "fisher"], "without labels"),
-        (["--allocation", "hessian"], "--allocation hessian: needs calibration inputs (add --inputs FILE.npy)"),
+        (
+            ["--allocation", "hessian"],
+            "--allocation hessian: needs calibration inputs (add --inputs FILE.npy)",
+        ),
         (["--one-shot"], "--one-shot: needs calibration inputs"),
         (["--budget", "file_bytes=9", "--pruned", "0.5"], "--pruned: a budget decides"),
     ],
