@@ -156,7 +156,9 @@ base = "msa-16x16"
 
 
 def test_ctrl_c_in_the_middle_of_a_sweep_keeps_what_was_done(tmp_path: Path) -> None:
-    (tmp_path / "space.toml").write_text(SPACE)
+    (tmp_path / "space.toml").write_text(
+        SPACE.replace("[random]", '"front_end.skip_window" = [4, 8]\n[random]')
+    )
     command = [*HWSIM, "sweep", "space.toml", "--out", "out"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -170,9 +172,9 @@ def test_ctrl_c_in_the_middle_of_a_sweep_keeps_what_was_done(tmp_path: Path) -> 
     assert process.returncode == 130
     assert "Traceback" not in rest
     done = len(ResultStore(tmp_path / "out").keys())
-    assert 0 < done < 60
+    assert 0 < done < 120
     result = run("sweep", "space.toml", "--out", "out", cwd=tmp_path)
-    assert f"computed  {60 - done} of 60 points, {done} were there already" in result.stdout
+    assert f"computed  {120 - done} of 120 points, {done} were there already" in result.stdout
 
 
 def test_a_full_disk_gives_a_message_and_a_resumable_store(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hwsim import rtl_simulator, verify
@@ -327,6 +327,13 @@ def test_a_layer_by_hand() -> None:
 
 
 @settings(max_examples=80, deadline=None)
+@example(  # the first step waits, 40 cycles of a fill of 41: the next one has inputs of its own
+    spec=LayerSpec(
+        m=1, k=9, n=4, groups=3, height=3, kernel=3, stride=2, pruned=0.0, unified=0.0, seed=0,
+        linear=False, relu=False, stalls=Stalls(),
+    ),
+    name="groups",
+)  # fmt: skip
 @given(spec=specs(), name=st.sampled_from(sorted(VERIFICATION_MACHINES)))
 def test_the_model_without_its_waits_is_the_formula(spec: LayerSpec, name: str) -> None:
     """Also transfer by transfer: the mapper's cycles and bytes are those of the program."""
@@ -347,8 +354,10 @@ def test_the_model_without_its_waits_is_the_formula(spec: LayerSpec, name: str) 
     config = lower_machine(machine).step_config
     fill = -(-min(config.segment_words, run.layer.types.shape[2]) // config.fill_words)
     drain = -(-machine.array.rows * machine.array.block[0] * machine.array.columns // config.drain_words)
+    # First loads and last store wait for nothing; a step may, the first one for the inputs of the next step's first fill.
     longer = np.diff(causal) - np.diff(ideal)
-    assert longer[0] == longer[-1] == 0
+    assert causal[0] == ideal[0]
+    assert longer[-1] == 0
     assert (longer >= 0).all()
     assert (longer <= fill + drain).all()
     stalled = causal_timeline(run, machine, program, Stalls(90, 128, 128)).ends
