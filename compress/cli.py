@@ -296,6 +296,7 @@ def compress(
                 out,
                 inputs=inputs,
                 input_shape=parse_shape(input_shape),
+                one_shot=one_shot,
                 allocation=allocation,
                 budget=wanted,
                 blocks=shapes if wanted is not None else (),

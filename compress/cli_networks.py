@@ -97,13 +97,15 @@ def compress_untrained(
     *,
     inputs: Path | None,
     input_shape: tuple[int, ...] | None,
+    one_shot: bool,
     preset: str | None,
     seed: int,
     **options: Any,
 ) -> None:
-    """Compress a network in one shot, calibrate it, and write it; further options are those of `compress_network`.
+    """Compress a network without training, calibrate it, and write it; further options are those of `compress_network`.
 
-    With inputs each layer is fitted to what the original gives on them; random ones say nothing, so then weights are projected.
+    ``one_shot`` fits each layer to what the original gives on the inputs. Else weights are projected as they are: with few
+    inputs the fit can do harm, and nothing here measures whether it helps.
     """
     from compress.any_network import compress_network
     from compress.artifact import save_artifact
@@ -121,7 +123,7 @@ def compress_untrained(
         calibration,
         config,
         Recipe(seed=seed),
-        one_shot=OneShotRecipe(method="projection" if inputs is None else "hessian"),
+        one_shot=OneShotRecipe(method="hessian" if one_shot else "projection"),
         network=notes.pop("network"),
         preset=preset or "small",
         notes=notes | {"calibrated_on": "random inputs" if inputs is None else inputs.name},
@@ -137,9 +139,9 @@ def compress_untrained(
     weights = sum(layer.weights.dense.size for layer in artifact.compressed.values())
     float_bytes = 4 * (weights + sum(values.size for values in artifact.state.values()))
     click.echo(
-        f"network   {Path(model).name}: {len(artifact.compressed)} layers with {weights:,} weights compressed, in one shot"
+        f"network   {Path(model).name}: {len(artifact.compressed)} layers with {weights:,} weights compressed, without training"
     )
-    click.echo(f"          {_fitted(artifact, inputs, len(calibration))}")
+    click.echo(f"          {_fitted(artifact, inputs if one_shot else None, len(calibration))}")
     for text in notes.get("weights", []):
         click.echo(f"          {text}")
     click.echo(
@@ -199,7 +201,7 @@ def _calibration(path: Path | None, shape: tuple[int, ...], dtype: torch.dtype, 
     if path is None:
         click.echo(
             f"warning: activations are calibrated on {RANDOM_INPUTS} random inputs, so their scales mean nothing for real "
-            "ones, and weights are projected as they are; give some with --inputs FILE.npy",
+            "ones; give some with --inputs FILE.npy",
             err=True,
         )
         generator = torch.Generator().manual_seed(seed)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from sweeps.progress import counting_bar, points_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,44 +181,16 @@ def _run(
 ) -> None:
     from sweeps.runner import run_sweep
 
-    with _progress() as progress:
+    with points_bar() as show:
+
+        def progress(now: SweepProgress) -> None:
+            show(now.done, now.total, f"{now.points_done}/{now.points_total} points", now.doing)
+
         result = run_sweep(
             space, folder, workers=workers, scheduler=scheduler, details=details, progress=progress
         )
     reused = f", {result.reused} were there already" if result.reused else ""
     click.echo(f"computed  {result.computed} of {len(space)} points{reused}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[SweepProgress], None]]:
-    """A bar with an estimate on a terminal; elsewhere a line every tenth of the way."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[points]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None, points="")
-        told = -1
-
-        def show(now: SweepProgress) -> None:
-            nonlocal told
-            points = f"{now.points_done}/{now.points_total} points"
-            bar.update(task, completed=now.done, total=now.total, description=now.doing, points=points)
-            tenth = int(10 * now.done / now.total) if now.total else 10
-            if not console.is_terminal and tenth > told:
-                told = tenth
-                click.echo(f"{10 * tenth:>3}%  {points}, {now.doing}", err=True)
-
-        yield show
 
 
 def _existing(results: Path) -> Path:
@@ -230,23 +203,10 @@ def _existing(results: Path) -> Path:
     return results
 
 
-@contextmanager
-def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with an estimate, on a terminal only: what it tells of takes seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(doing), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _plots(tables: Mapping[str, pd.DataFrame]) -> list[Plot]:
     from sweeps.figures import paper_figures
 
-    with _bar("drawing") as progress:
+    with counting_bar("drawing") as progress:
         return paper_figures(tables, progress)
 
 
@@ -265,7 +225,7 @@ def _tables(
     points = tables["points"]
     keys = [str(choose_point(points, choice)["key"]) for choice in chosen]
     shown = [drawn_points(points).head(_MOST_SIMULATED)] + ([shown_points(points, keys)] if for_page else [])
-    with _bar("simulating") as progress:
+    with counting_bar("simulating") as progress:
         return add_details(store, tables, pd.concat(shown), progress), keys
 
 
@@ -273,7 +233,7 @@ def _save_plots(plots: list[Plot], folder: Path) -> list[Path]:
     from sweeps.figures import save_plot
 
     paths: list[Path] = []
-    with _bar("writing") as progress:
+    with counting_bar("writing") as progress:
         for done, drawn in enumerate(plots, 1):
             paths += save_plot(drawn, folder).values()
             progress(done, len(plots))
@@ -293,7 +253,7 @@ def _write_report(
     from sweeps.html import write_report
 
     runs = store.manifest()
-    with _bar("page") as progress:
+    with counting_bar("page") as progress:
         write_report(
             path,
             title=f"hwsim: {runs['runs'][-1]['configuration']['name']}" if runs["runs"] else "hwsim",

@@ -61,7 +61,8 @@ def codesign(
     from sweeps.codesign.run import ASKED, asked_of
     from sweeps.codesign.run import codesign as run
     from sweeps.codesign.settings import parse_goal
-    from sweeps.codesign.study import dense_network, images_of
+    from sweeps.codesign.study import dense_network
+    from sweeps.weights import images_of
 
     torch.set_num_threads(1)  # batches this small gain little from a second thread
     logging.getLogger("compress").addHandler(logging.NullHandler())  # warnings are printed at the end
@@ -77,7 +78,7 @@ def codesign(
         raise InputError("codesign", problems)
     folder = out or Path("results/codesign")
     check_writable(folder / ASKED)
-    images = images_of(asked["space"], seed)
+    images = images_of(asked["space"].training, seed)
     name = asked["network"].network if is_file else network
     check_claim(folder / ASKED, asked_of(name, images, asked["space"], asked["budget"], seed))
     with _bar() as tell:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from sweeps.progress import counting_bar, points_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +101,12 @@ def search(
     loaded = _load(space)
     question = ask(loaded, minimise, maximise, constraints)
     folder = out or Path("results") / loaded.name
-    with _progress() as progress:
+    with points_bar() as show:
+
+        def progress(now: SearchProgress) -> None:
+            points = f"{now.evaluated}/{now.evaluations} points"
+            show(now.evaluated, now.evaluations, points, f"{now.feasible} feasible, {now.doing}")
+
         result = run_search(
             loaded,
             folder,
@@ -200,7 +206,7 @@ def _prove(
     proofs = []
     for number, question in enumerate(questions, first):
         click.echo(f"{space.name}: {question}")
-        with _bar(f"question {number}") as progress:
+        with counting_bar(f"question {number}") as progress:
             proofs.append(
                 prove(
                     space,
@@ -276,48 +282,3 @@ def _write_page(groups: Sequence[tuple[Space, Sequence[Proof]]], seeds: int, out
         for proof in proofs:
             save_plot(proof.plot, out.parent / "images")
     write_atomically(out, page(groups, seeds).encode())
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[SearchProgress], None]]:
-    """A bar with an estimate on a terminal; elsewhere a line every tenth of the way."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.percentage:>3.0f}%"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} points"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=0)
-        told = -1
-
-        def show(now: SearchProgress) -> None:
-            nonlocal told
-            doing = f"{now.feasible} feasible, {now.doing}"
-            bar.update(task, completed=now.evaluated, total=now.evaluations, description=doing)
-            tenth = 10 * now.evaluated // now.evaluations
-            if not console.is_terminal and tenth > told:
-                told = tenth
-                click.echo(f"{10 * tenth:>3}%  {now.evaluated}/{now.evaluations} points, {doing}", err=True)
-
-        yield show
-
-
-@contextmanager
-def _bar(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with an estimate, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn(doing), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

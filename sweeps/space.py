@@ -46,6 +46,7 @@ __all__ = [
     "load_space",
     "machine_for_block",
     "parse_space",
+    "read_space_file",
     "technology_digest",
 ]
 
@@ -464,6 +465,17 @@ def load_space(
     InputError
         The file cannot be read, is not TOML, or is not a valid space.
     """
+    return parse_space(read_space_file(path), str(path), networks=networks, datasets=datasets)
+
+
+def read_space_file(path: str | Path) -> dict[str, Any]:
+    """The data of a TOML file; the path of a machine file in it counts from the file's own folder.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or is not TOML.
+    """
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text("utf-8"))
@@ -475,7 +487,7 @@ def load_space(
     base = machine.get("base") if isinstance(machine, dict) else None
     if isinstance(machine, dict) and isinstance(base, str) and base not in preset_names():
         machine["base"] = str(path.parent / base)
-    return parse_space(data, str(path), networks=networks, datasets=datasets)
+    return data
 
 
 def _together_problems(data: Mapping[str, Any]) -> list[Problem]:

@@ -12,12 +12,22 @@ from sweeps.space import Point, RandomTypes, Training
 if TYPE_CHECKING:
     from compress.data import Dataset
     from compress.fit import Progress
+    from compress.rules import Recipe
     from hwsim.layer import Layer
 
-__all__ = ["artifact_path", "dense_path", "random_point_layers", "train_dense", "train_point"]
+__all__ = [
+    "CALIBRATION_IMAGES",
+    "artifact_path",
+    "dense_path",
+    "images_of",
+    "random_point_layers",
+    "recipe_of",
+    "train_dense",
+    "train_point",
+]
 
 CALIBRATION_IMAGES = 512
-"""Training images that set the activation scales of the integer model."""
+"""Training images that weigh blocks and set the activation scales of the integer model."""
 
 
 def dense_path(folder: Path, point: Point) -> Path:
@@ -56,7 +66,7 @@ def train_dense(folder: Path, point: Point, progress: Callable[[Progress], None]
     from compress.train import Checkpoint, note_of, save_checkpoint, train
 
     training = _training(point)
-    images = _images(training, point.seed)
+    images = images_of(training, point.seed)
     classes = len(images.classes)
     model = zoo.build(point.network, classes, point.seed)
     history = train(
@@ -79,7 +89,7 @@ def train_point(folder: Path, point: Point, progress: Callable[[Progress], None]
         return
     from compress.artifact import save_artifact
     from compress.rebuild import compress_checkpoint
-    from compress.rules import CompressionConfig, Recipe
+    from compress.rules import CompressionConfig
     from compress.train import load_checkpoint
 
     training = _training(point)
@@ -93,21 +103,11 @@ def train_point(folder: Path, point: Point, progress: Callable[[Progress], None]
         magnitude_bits=precision["magnitude_bits"],
         exempt_first_last=training.exempt == "first_and_last",
     )
-    recipe = Recipe(
-        epochs_admm=training.admm_epochs,
-        epochs_retrain=training.retrain_epochs,
-        lr=training.learning_rate,
-        lr_retrain=training.learning_rate,
-        rho=training.rho,
-        rho_growth=training.rho_growth,
-        batch_size=training.batch_size,
-        seed=point.seed,
-    )
     artifact = compress_checkpoint(
         load_checkpoint(dense_path(folder, point)),
-        _images(training, point.seed),
+        images_of(training, point.seed),
         config,
-        recipe,
+        recipe_of(training, point.seed),
         activation_bits=precision["activation_bits"],
         accumulator_bits=precision["accumulator_bits"],
         calibration_images=CALIBRATION_IMAGES,
@@ -123,7 +123,24 @@ def _training(point: Point) -> Training:
     return point.weights
 
 
-def _images(training: Training, seed: int) -> Dataset:
+def recipe_of(training: Training, seed: int) -> Recipe:
+    """How a network is compressed and retrained."""
+    from compress.rules import Recipe
+
+    return Recipe(
+        epochs_admm=training.admm_epochs,
+        epochs_retrain=training.retrain_epochs,
+        lr=training.learning_rate,
+        lr_retrain=training.learning_rate,
+        rho=training.rho,
+        rho_growth=training.rho_growth,
+        batch_size=training.batch_size,
+        seed=seed,
+    )
+
+
+def images_of(training: Training, seed: int) -> Dataset:
+    """The images of a training."""
     return _subset(training.dataset, training.train_images, training.test_images, seed)
 
 

@@ -17,7 +17,7 @@ from compress.curvature import curvature
 from compress.data import Dataset, balanced_subset
 from compress.fit import Progress
 from compress.rebuild import compress_checkpoint
-from compress.rules import CompressionConfig, Recipe, plan_layers
+from compress.rules import CompressionConfig, plan_layers
 from compress.run_state import digest
 from compress.subjects import file_subject
 from compress.train import Checkpoint, check_fit
@@ -37,6 +37,7 @@ from sweeps.codesign.alternate import (
 from sweeps.codesign.folder import claim, machine_toml, read_json, write_json
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 from sweeps.space import METHOD_VERSION, Training
+from sweeps.weights import CALIBRATION_IMAGES, recipe_of
 
 __all__ = [
     "ARTIFACT",
@@ -47,16 +48,12 @@ __all__ = [
     "asked_of",
     "codesign",
     "network_of",
-    "recipe_of",
     "train_on",
 ]
 
 ASKED, ALTERNATION, RESULT = "asked.json", "alternation.json", "result.json"
 MACHINE, ARTIFACT, REPORT = "machine.toml", "model.hws.safetensors", "report.json"
 STATE = "state"
-
-CALIBRATION_IMAGES = 512
-"""Training images that weigh blocks and set activation scales."""
 
 Tell = Callable[[str, float, float], None]
 """``tell(doing, done, total)``, in shares of one phase."""
@@ -213,20 +210,6 @@ def _csv(rows: list[dict[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def recipe_of(training: Training, seed: int) -> Recipe:
-    """The training of a plan."""
-    return Recipe(
-        epochs_admm=training.admm_epochs,
-        epochs_retrain=training.retrain_epochs,
-        lr=training.learning_rate,
-        lr_retrain=training.learning_rate,
-        rho=training.rho,
-        rho_growth=training.rho_growth,
-        batch_size=training.batch_size,
-        seed=seed,
-    )
 
 
 def train_on(

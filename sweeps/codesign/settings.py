@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from pydantic import (
 
 from compress.budget import Budget, Quantity
 from hwsim.errors import InputError, Problem, nearest_name
-from hwsim.machine import Machine, preset_names, validation_problems
-from sweeps.space import Hold, MachineSpace, Training, machine_for_block
+from hwsim.machine import Machine, validation_problems
+from sweeps.space import Hold, MachineSpace, Training, machine_for_block, read_space_file
 
 __all__ = [
     "CoDesignSpace",
@@ -334,17 +333,7 @@ def load_codesign_space(path: str | Path, training: Mapping[str, Any] | None = N
     InputError
         The file cannot be read, is not TOML, or is not a valid space.
     """
-    path = Path(path)
-    try:
-        data = tomllib.loads(path.read_text("utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(str(path), f"not valid TOML: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    machine = data.get("machine")
-    base = machine.get("base") if isinstance(machine, dict) else None
-    if isinstance(machine, dict) and isinstance(base, str) and base not in preset_names():
-        machine["base"] = str(path.parent / base)
+    data = read_space_file(path)
     if training:
         stored = data.get("training", {})
         data["training"] = {**stored, **training} if isinstance(stored, dict) else stored

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.data import Dataset, load_dataset
+from compress.data import Dataset
 from compress.rules import parse_config
 from compress.run_state import digest
 from compress.subjects import file_subject
@@ -31,9 +31,9 @@ from sweeps.codesign.run import (
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 from sweeps.codesign.uniform import best_uniform
 from sweeps.space import Point
-from sweeps.weights import dense_path, train_dense
+from sweeps.weights import dense_path, images_of, train_dense
 
-__all__ = ["METHODS", "Study", "collect", "dense_network", "images_of", "run_study", "uniform"]
+__all__ = ["METHODS", "Study", "collect", "dense_network", "run_study", "uniform"]
 
 METHODS = "codesign", "uniform", "uniform-inner"
 """The last leaves the first and the last layer dense."""
@@ -73,12 +73,6 @@ class Study:
                 problems.append(Problem(name, "must be at least one, and every one once"))
         if problems:
             raise InputError("study", problems)
-
-
-def images_of(space: CoDesignSpace, seed: int) -> Dataset:
-    """The images of a training."""
-    training = space.training
-    return load_dataset(training.dataset).subset(training.train_images, training.test_images, seed=seed)
 
 
 def dense_network(
@@ -143,7 +137,7 @@ def run_study(
             tell(f"run {number}/{len(missing)}: {doing}", done, total)
 
         path = run_folder(folder, goal, seed, method)
-        images = images_of(space, seed)
+        images = images_of(space.training, seed)
         checkpoint = dense_network(folder, study.network, space, seed, told)
         if method == "codesign":
             codesign(checkpoint, images, space, goal, path, seed=seed, tell=told)

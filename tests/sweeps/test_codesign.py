@@ -34,8 +34,9 @@ from sweeps.codesign.settings import (
     parse_codesign_space,
     parse_goal,
 )
-from sweeps.codesign.study import Study, images_of
+from sweeps.codesign.study import Study
 from sweeps.codesign.uniform import best_uniform
+from sweeps.weights import images_of
 
 TINY = {
     "dataset": "digits",
@@ -229,7 +230,7 @@ def test_uniform_ratios_that_cannot_be(network: Network) -> None:
 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
-    return images_of(run_space(), 0)
+    return images_of(run_space().training, 0)
 
 
 @pytest.fixture(scope="module")
