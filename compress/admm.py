@@ -295,7 +295,7 @@ class ADMM:
         return numbers
 
     def warnings(self, tolerance: float = 0.1, type_tolerance: float = 0.02) -> list[str]:
-        """What has not converged and what to change, one line per layer; empty where all is well.
+        """What has not converged and what to change, one line per reason; empty where all is well.
 
         Parameters
         ----------
@@ -323,20 +323,28 @@ class ADMM:
             for state in self._states
             if not state.weight.requires_grad
         ]
-        for last in self._history[-1] if self._history else ():
-            if last.primal > tolerance:
-                lines.append(
-                    f"{last.layer}: primal residual {last.primal:.2g} after {last.update} updates is above "
-                    f"{tolerance:g}: the projection will move the weights by that share; raise rho "
-                    f"(now {last.rho:.2g}), rho_growth (now {self.rho_growth:g}) or rho_max "
-                    f"(now {self.rho_max:g}), or train for more updates"
-                )
-            elif last.type_changes > type_tolerance:
-                lines.append(
-                    f"{last.layer}: {last.type_changes:.1%} of the block types changed at the last of "
-                    f"{last.update} updates, above {type_tolerance:.0%}: train for more updates, or raise rho "
-                    f"(now {last.rho:.2g})"
-                )
+        latest = self._history[-1] if self._history else ()
+        apart = [last for last in latest if last.primal > tolerance]
+        unsettled = [
+            last for last in latest if last.primal <= tolerance and last.type_changes > type_tolerance
+        ]
+        if apart:
+            layers = _worst([(last.primal, f"{last.layer} {last.primal:.2g}") for last in apart])
+            lines.append(
+                f"primal residual after {apart[0].update} updates above {tolerance:g} in {len(apart)} of {len(latest)} "
+                f"layers ({layers}): the projection will move the weights by that share; raise rho "
+                f"(now {apart[0].rho:.2g}), rho_growth (now {self.rho_growth:g}) or rho_max "
+                f"(now {self.rho_max:g}), or train for more updates"
+            )
+        if unsettled:
+            layers = _worst(
+                [(last.type_changes, f"{last.layer} {last.type_changes:.1%}") for last in unsettled]
+            )
+            lines.append(
+                f"block types that changed at the last of {unsettled[0].update} updates above {type_tolerance:.0%} in "
+                f"{len(unsettled)} of {len(latest)} layers ({layers}): train for more updates, or raise rho "
+                f"(now {unsettled[0].rho:.2g})"
+            )
         return lines
 
     @torch.no_grad()
@@ -486,6 +494,13 @@ def _start(layer: PlannedLayer, rho: float, curvature: Tensor | None, share: flo
         curvature = curvature.detach().to(weight)
     dual, pull = torch.zeros_like(target), target.clone()
     return _State(layer, weight, curvature, rho, target, dual, projection.types, pull)
+
+
+def _worst(layers: Sequence[tuple[float, str]], shown: int = 4) -> str:
+    """The largest by name, and how many more."""
+    texts = [text for _, text in sorted(layers, key=lambda layer: -layer[0])]
+    more = [f"{len(texts) - shown} more"] if len(texts) > shown else []
+    return ", ".join(texts[:shown] + more)
 
 
 def _check_settings(

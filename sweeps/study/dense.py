@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.fit import Progress
+from compress.loop import Gradients, Precision
 from compress.run_state import (
     RunState,
     digest,
@@ -34,6 +35,7 @@ def train_dense(
     lr: float,
     batch_size: int,
     seed: int,
+    precision: Precision = "fp32",
     state_folder: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> None:
@@ -52,6 +54,8 @@ def train_dense(
     batch_size : int
     seed : int
         Of the order of the data and of dropout; the global generator is left as it was.
+    precision : {"fp32", "bf16"}
+        See `compress.loop.Gradients`.
     state_folder : Path, optional
         The state is kept there after every epoch, and a training that was stopped goes on from it.
     progress : callable, optional
@@ -66,7 +70,13 @@ def train_dense(
     batches = len(inputs) // batch_size
     steps = max(1, epochs * batches)
     identity = {
-        "training": {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed},
+        "training": {
+            "epochs": epochs,
+            "lr": lr,
+            "batch_size": batch_size,
+            "seed": seed,
+            "precision": precision,
+        },
         "network": digest(model.state_dict()),
         "data": digest({"inputs": inputs, "targets": targets}),
         "torch": torch.__version__,
@@ -75,6 +85,7 @@ def train_dense(
         torch.manual_seed(seed)
         order = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+        gradients = Gradients(model, lambda outputs, _, wanted: loss_fn(outputs, wanted), precision=precision)
         found = read_run(state_folder, identity) if state_folder is not None else None
         if found is not None:
             restore_model(model, found.model)
@@ -90,10 +101,8 @@ def train_dense(
                 for group in optimizer.param_groups:
                     group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
                 optimizer.zero_grad()
-                loss = loss_fn(model(inputs[chosen]), targets[chosen])
-                loss.backward()
+                value = float(gradients.backward(inputs[chosen], targets[chosen]))
                 optimizer.step()
-                value = float(loss.detach())
                 if not math.isfinite(value):
                     where = f"{value} at epoch {epoch}, batch {batch + 1}"
                     raise InputError("training", Problem("loss", where, f"lower the learning rate ({lr})"))

@@ -206,6 +206,7 @@ def _trained(
         lr=run.training.lr_dense,
         batch_size=run.training.batch_size,
         seed=run.seed,
+        precision=run.training.precision,
         state_folder=state_folder,
         progress=progress,
     )
@@ -220,7 +221,7 @@ def start_network(
     training = run.training
     fields = (
         *(task.name, shared.seed, training.dense_epochs, training.lr_dense, training.batch_size),
-        *(training.train_images, training.held_out),
+        *(training.train_images, training.held_out, training.precision),
     )
     key = "-".join(str(field) for field in fields)
     path = folder.dense_path(key)
@@ -265,6 +266,7 @@ def _compressed(
         updates_per_epoch=training.updates_per_epoch,
         ramp_updates=training.ramp_updates,
         batch_size=training.batch_size,
+        precision=training.precision,
         seed=run.seed,
     )
     calibration = _calibration(run, task, examples)

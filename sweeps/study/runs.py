@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from compress.loop import Precision
 from hwsim.errors import InputError, Problem, nearest_name
 
 __all__ = ["METHODS", "ONE_SHOT", "STUDY_VERSION", "Method", "Run", "Training", "run_from_json"]
@@ -84,6 +85,8 @@ class Training:
         The first so many, 0: all.
     held_out : bool
         Train without the last 5,000 training examples, and measure on these instead of the test set: for choosing recipes.
+    precision : {"fp32", "bf16"}
+        Of the training alone (`compress.loop.Gradients`); everything is measured in fp32.
     """
 
     dense_epochs: int = 12
@@ -101,6 +104,7 @@ class Training:
     max_loss: float = 0.0
     train_images: int = 0
     held_out: bool = False
+    precision: Precision = "fp32"
 
     @property
     def epochs(self) -> int:
