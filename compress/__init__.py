@@ -6,8 +6,7 @@ need it.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
     "ADMM": "compress.admm",
@@ -54,13 +53,4 @@ _EXPORTS = {
     "to_plain": "compress.plain",
 }
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'compress' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

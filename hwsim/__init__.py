@@ -5,8 +5,7 @@ Importing the package is cheap: names are looked up on first use, and torch is n
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 __version__ = "0.1.0"
 
@@ -26,13 +25,4 @@ _EXPORTS = {
     "simulate": "hwsim.simulator",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'hwsim' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS, ("__version__",))

@@ -5,8 +5,7 @@ Importing the package is cheap: names are looked up on first use.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
     "Plot": "sweeps.figures",
@@ -24,13 +23,4 @@ _EXPORTS = {
     "write_report": "sweeps.html",
 }
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'sweeps' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -1,6 +1,6 @@
 """One-shot compression: layer after layer against the Hessian of calibration inputs, without training."""
 
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
     "LayerError": "compress.one_shot.network",
@@ -8,13 +8,5 @@ _EXPORTS = {
     "OneShotResult": "compress.one_shot.network",
     "one_shot": "compress.one_shot.network",
 }
-
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_EXPORTS[name]), name)
+__all__ = sorted(_EXPORTS)
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

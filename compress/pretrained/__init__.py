@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
     "PRETRAINED": "compress.pretrained.catalog",
@@ -12,9 +11,4 @@ _EXPORTS = {
     "load_pretrained": "compress.pretrained.loading",
 }
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'compress.pretrained' has no attribute {name!r}")
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

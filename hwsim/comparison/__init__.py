@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
     "BASELINES": "hwsim.comparison.side_by_side",
@@ -18,13 +17,4 @@ _EXPORTS = {
     "prune_channels": "hwsim.comparison.channels",
 }
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'hwsim.comparison' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

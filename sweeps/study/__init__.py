@@ -5,8 +5,7 @@ Importing the package is cheap: names are looked up on first use, and torch is i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
     "STUDIES": "sweeps.study.catalogue",
@@ -19,13 +18,4 @@ _EXPORTS = {
     "write_results_page": "sweeps.study.report",
 }
 __all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(import_module(_EXPORTS[name]), name)
-    raise AttributeError(f"module 'sweeps.study' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from sweeps.figures.base import Plot
-from sweeps.study.report import Row
+from sweeps.study.rows import Row
 from sweeps.study.runs import METHODS
 from sweeps.style import NEUTRAL, PAGE_INCHES, marker_and_color, new_figure, style
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from hwsim.errors import InputError
 from hwsim.files import write_atomically
+from sweeps.figures.base import Plot, save_plot
 from sweeps.statistics import Estimate, estimate, paired_difference
 from sweeps.study.catalogue import AUTOENCODER, CREPE, LENET5, ONE_SHOT_TASKS, POINTS, RESNET20, STUDIES
+from sweeps.study.figures import tradeoff_plot
 from sweeps.study.folder import Result, read_results
+from sweeps.study.one_shot_page import one_shot_plot, one_shot_section
+from sweeps.study.rows import COMPARED, Row, measure_of, rows_of, value_of
 from sweeps.study.runs import METHODS, ONE_SHOT, Run, Training
-from sweeps.study.task_names import MEASURES, TITLES, Measure
+from sweeps.study.task_names import TITLES
 
-__all__ = ["Row", "rows_of", "write_results_page"]
+__all__ = ["write_results_page"]
 
 _KEPT_DETAILS = (
     *("measure", "at_start", "projected", "as_trained", "multiplier", "file_bytes_integer", "parameters"),
@@ -23,85 +26,6 @@ _KEPT_DETAILS = (
 )
 GOALS = {"50x": 0.3, "100x": 1.0}
 """Points of accuracy that LeNet-5 may lose where its file is so many times smaller."""
-
-COMPARED = "dense"
-"""The method that differences are taken to, of the same seed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """All seeds of one method at one point.
-
-    Attributes
-    ----------
-    run : Run
-        Any of them.
-    planned : int
-        Seeds that the study has.
-    results : dict of int to Result
-        By seed; the missing ones are not there.
-    quality, difference : Estimate or None
-        Of the task's measure in the unit of the table; the difference to the dense network of the same seed.
-    file_bytes : Estimate or None
-    """
-
-    run: Run
-    planned: int
-    results: Mapping[int, Result]
-    quality: Estimate | None
-    difference: Estimate | None
-    file_bytes: Estimate | None
-
-
-def rows_of(runs: Sequence[Run], results: Iterable[Result]) -> list[Row]:
-    """One row per method, block shape, point and variant, in the order of the runs; with missing seeds, or with none at all.
-
-    Parameters
-    ----------
-    runs : sequence of Run
-        Planned.
-    results : iterable of Result
-        Stored; those of other runs are not looked at.
-    """
-    stored = {result.run.key: result for result in results}
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.group, []).append(run)
-    dense = {
-        run.task: {
-            other.seed: _value(stored[other.key])
-            for other in runs
-            if (other.task, other.method) == (run.task, COMPARED) and other.key in stored
-        }
-        for run in runs
-    }
-    rows = []
-    for members in groups.values():
-        found = {run.seed: stored[run.key] for run in members if run.key in stored}
-        values = {seed: _value(result) for seed, result in found.items()}
-        rows.append(
-            Row(
-                run=members[0],
-                planned=len(members),
-                results=found,
-                quality=estimate(list(values.values())),
-                difference=paired_difference(values, dense[members[0].task]),
-                file_bytes=estimate([float(result.file_bytes) for result in found.values()]),
-            )
-        )
-    order = list(METHODS)
-    return sorted(rows, key=lambda row: order.index(row.run.method))
-
-
-def _measure(task: str) -> Measure:
-    return MEASURES.get(task, Measure("accuracy", "accuracy %", 100.0, 2, True))
-
-
-def _value(result: Result) -> float:
-    measure = _measure(result.run.task)
-    if measure.name not in result.quality:
-        raise InputError(f"result {result.run.key}", f"has no {measure.name}")
-    return measure.factor * result.quality[measure.name]
 
 
 def write_results_page(source: str | Path, page: str | Path) -> list[Path]:
@@ -123,10 +47,6 @@ def write_results_page(source: str | Path, page: str | Path) -> list[Path]:
     InputError
         No results there, or damaged ones.
     """
-    from sweeps.figures.base import Plot, save_plot
-    from sweeps.study.figures import tradeoff_plot
-    from sweeps.study.one_shot_page import one_shot_plot
-
     page = Path(page)
     planned = {name: make() for name, make in STUDIES.items()}
     keys = {run.key for runs in planned.values() for run in runs}
@@ -212,8 +132,6 @@ def _page(
         yield f"### {TITLES[task]}"
         yield ""
         yield from _table(rows_of([run for run in planned["generality"] if run.task == task], results))
-    from sweeps.study.one_shot_page import one_shot_section
-
     yield "## 2. Networks that nobody retrains"
     yield ""
     yield from one_shot_section(planned["one-shot"], results, figures)
@@ -262,7 +180,7 @@ def _method_text() -> Iterator[str]:
 
 
 def _table(rows: Sequence[Row]) -> Iterator[str]:
-    measure = _measure(rows[0].run.task)
+    measure = measure_of(rows[0].run.task)
     yield f"| method | blocks | point | {measure.title} | to dense | bytes | × smaller | image bytes | n |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
@@ -349,7 +267,7 @@ def _peers(rows: Sequence[Row]) -> Iterator[str]:
 def _peer_line(row: Row) -> str:
     coded = [result for result in row.results.values() if isinstance(result.details.get("nncodec"), dict)]
     peers = [result.details["nncodec"] for result in coded]
-    ours = estimate([_value(result) for result in coded])
+    ours = estimate([value_of(result) for result in coded])
     theirs = estimate([100 * float(peer["quality"]["accuracy"]) for peer in peers])
     if ours is None or theirs is None:
         return ""
@@ -393,7 +311,7 @@ def _ablation(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
     for point in POINTS:
         full: dict[int, float] = {}
         for row in [row for row in rows if row.run.point == point]:
-            values = {seed: _value(result) for seed, result in row.results.items()}
+            values = {seed: value_of(result) for seed, result in row.results.items()}
             full = values if not row.run.variant else full
             count = f"{len(values)} of {row.planned}" if len(values) < row.planned else f"{row.planned}"
             if row.quality is None or row.file_bytes is None:
