@@ -163,6 +163,9 @@ def _fitted(artifact: Artifact, inputs: Path | None, count: int) -> str:
             f"fitted to {count} inputs of {inputs.name}: mean squared error of a layer's outputs {after:.2f} % of their "
             f"energy (projected: {before:.2f} %)"
         )
+        kept = sum(not row["is_fitted"] for row in errors)
+        if kept:
+            text += f"; {kept} of {len(errors)} layers projected as they are, better on inputs held out"
     if "budget" in artifact.results:
         spent = artifact.results["budget"]
         share = spent["reached"] / spent["limit"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from compress.blocks import weight_to_matrix
 from compress.curvature import Moments, column_permutation, in_chunks, is_observable, listening
@@ -18,7 +20,7 @@ from compress.layers import CompressedLayer
 from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
 from compress.one_shot.solver import projected, quantized, solve
-from compress.one_shot.state import LayerFiles
+from compress.one_shot.state import LayerFiles, surroundings
 from compress.permute import Permutation, permute_channels
 from compress.quantize import dequantize
 from compress.retrain import check_invariants
@@ -66,6 +68,9 @@ class LayerError:
         Of ADMM.
     is_settled : bool
         Whether types and signs had come to rest.
+    is_fitted : bool
+        False where the plain projection was taken, since with it the network's outputs are nearer to the original ones on the
+        inputs that were held out.
     """
 
     layer: str
@@ -73,6 +78,7 @@ class LayerError:
     reached_percent: float
     iterations: int
     is_settled: bool
+    is_fitted: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,12 +174,14 @@ def one_shot(
         # The original network's outputs are the targets; one that is not needed costs no memory.
         original = copy.deepcopy(model) if recipe.target == "network" else model
         order = _execution(model, plan, batches[0])
+        seen, held_out = _split(batches, recipe.held_out if recipe.method == "hessian" else 0.0)
+        judge = _Judge.of(model, held_out) if held_out else None
         layers: dict[str, CompressedLayer] = {}
         errors, warnings = [], []
         for number, step in enumerate(order, 1):
             done = files.read(number, step.layer, step.norm)
             if done is None:
-                done = _compress_layer(step, model, original, batches, recipe)
+                done = _compress_layer(step, model, original, seen, judge, recipe)
                 files.write(number, step.layer, step.norm, *done)
             layers[step.layer.name], error = done
             if error is not None:
@@ -194,6 +202,19 @@ def _batches(inputs: Tensor | Sequence[Tensor], recipe: OneShotRecipe) -> list[T
     if not batches:
         raise InputError("calibration", Problem("inputs", "no samples; one-shot compression needs some"))
     return batches
+
+
+def _split(batches: Sequence[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Every so many-th sample apart, over all batches; nothing apart where that would be no sample, or leave none."""
+    count = sum(map(len, batches))
+    number = torch.arange(1, count + 1, dtype=torch.float64)
+    is_apart = (number * share).floor() > ((number - 1) * share).floor()
+    parts = is_apart.split([len(batch) for batch in batches])
+    halves = [
+        [chosen for batch, part in zip(batches, parts, strict=True) if len(chosen := batch[part == apart])]
+        for apart in (False, True)
+    ]
+    return (halves[0], halves[1]) if all(halves) else (list(batches), [])
 
 
 def _identity(
@@ -259,6 +280,38 @@ def _execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[_Step]:
 
 
 # --- one layer
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    """Inputs that nothing is fitted to, and what the original network makes of them."""
+
+    batches: Sequence[Tensor]
+    wanted: Sequence[list[Tensor]]
+
+    @classmethod
+    def of(cls, original: nn.Module, batches: Sequence[Tensor]) -> _Judge:
+        wanted = [_numbers(original(batch)) for batch in batches]
+        if not all(bool(torch.isfinite(values).all()) for outputs in wanted for values in outputs):
+            message = "some make outputs of the network that are not finite"
+            raise InputError(
+                "calibration", Problem("inputs", message, "check weights and calibration inputs")
+            )
+        return cls(batches, wanted)
+
+    def loss(self, model: nn.Module) -> float:
+        """Squared error of the outputs; infinite where one is not a number."""
+        total = 0.0
+        for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            pairs = zip(_numbers(model(batch)), wanted, strict=True)
+            total += sum(float((found - aim).double().square().sum()) for found, aim in pairs)
+        return math.inf if math.isnan(total) else total
+
+
+def _numbers(outputs: Any) -> list[Tensor]:
+    """The tensors of real numbers among the outputs of a network, however they are packed."""
+    leaves = tree_leaves(outputs)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 class _Enough(Exception):
@@ -373,6 +426,7 @@ def _compress_layer(
     model: nn.Module,
     original: nn.Module,
     batches: Sequence[Tensor],
+    judge: _Judge | None,
     recipe: OneShotRecipe,
 ) -> tuple[CompressedLayer, LayerError | None]:
     """The integers of a layer; weight, bias and following normalisation of the model are changed to match."""
@@ -381,10 +435,10 @@ def _compress_layer(
     weight = weight_to_matrix(parameter.detach(), layer.groups, layer.settings.column_order).double()
     is_fitted = bool(step.uses) and recipe.method == "hessian"
     start = projected(layer, weight)
+    plain = quantized(layer, start, None)
     if not is_fitted:
-        compressed = quantized(layer, start, None)
-        parameter.copy_(dequantize(compressed, layer.weight_shape))
-        return compressed, None
+        parameter.copy_(dequantize(plain, layer.weight_shape))
+        return plain, None
     observed = _observe(step, model, original, batches, weight)
     has_bias = layer.module._parameters.get("bias") is not None
     takes_shift = recipe.refit_bias and (has_bias or step.norm is not None)
@@ -392,18 +446,33 @@ def _compress_layer(
     quadratic = Quadratic.of_products(fitted.products, fitted.cross, weight, recipe.damping)
     solution = solve(layer, quadratic, recipe)
     compressed = quantized(layer, solution.form, quadratic)
+    if judge is not None:
+        parameter.copy_(dequantize(plain, layer.weight_shape))
+        lost_plain = judge.loss(model)
     parameter.copy_(dequantize(compressed, layer.weight_shape))
-    final = weight_to_matrix(parameter.detach(), layer.groups, layer.settings.column_order).double()
-    _match_statistics(step, observed, weight, final, recipe)
-    energy = quadratic.loss(torch.zeros_like(final))
+    around = {name: values.clone() for name, values in surroundings(layer, step.norm).items()}
+    _match_statistics(step, observed, weight, _matrix(layer, compressed), recipe)
+    if judge is not None and judge.loss(model) > lost_plain:
+        compressed = plain
+        parameter.copy_(dequantize(compressed, layer.weight_shape))
+        for name, values in surroundings(layer, step.norm).items():
+            values.copy_(around[name])
+    energy = quadratic.loss(torch.zeros_like(weight))
     error = LayerError(
         layer.name,
         100 * quadratic.loss(start.matrix()) / energy if energy else 0.0,
-        100 * quadratic.loss(final) / energy if energy else 0.0,
+        100 * quadratic.loss(_matrix(layer, compressed)) / energy if energy else 0.0,
         solution.iterations,
         solution.is_settled,
+        compressed is not plain,
     )
     return compressed, error
+
+
+def _matrix(layer: PlannedLayer, compressed: CompressedLayer) -> Tensor:
+    """The weights that the integers mean, as the block view ``[groups, m, k]``."""
+    weight = dequantize(compressed, layer.weight_shape).to(layer.module.get_parameter("weight").device)
+    return weight_to_matrix(weight, layer.groups, layer.settings.column_order).double()
 
 
 def _match_statistics(

@@ -22,6 +22,10 @@ class OneShotRecipe(BaseModel):
         for the ones before it; or those of the original layer on the inputs that now reach it.
     damping : float
         Added to the diagonal of the Hessian, as a share of its mean. It stands for inputs that calibration did not show.
+    held_out : float
+        Share of the calibration inputs that no layer is fitted to. They decide, layer by layer, between what was fitted and the
+        plain projection: by the error of the network's outputs, since a layer's own may be large where nothing depends on it.
+        0: whatever was fitted is taken.
     norm : {"diagonal", "euclidean"}
         In which ADMM penalises and projects: weighted by the Hessian's diagonal, or not.
     rho : float
@@ -49,6 +53,7 @@ class OneShotRecipe(BaseModel):
     method: Literal["hessian", "projection"] = "hessian"
     target: Literal["network", "layer"] = "network"
     damping: Annotated[float, Field(gt=0, le=1e3)] = 0.01
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.25
     norm: Literal["diagonal", "euclidean"] = "diagonal"
     rho: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     max_iterations: Annotated[int, Field(strict=True, ge=0, le=10_000)] = 200

@@ -22,7 +22,7 @@ from hwsim.layer import QuantizedWeights
 if TYPE_CHECKING:
     from compress.one_shot.network import LayerError
 
-__all__ = ["LayerFiles"]
+__all__ = ["LayerFiles", "surroundings"]
 
 FORMAT, VERSION = "hwsim-one-shot-layer", 1
 _INTEGERS = ("dense", "signs", "magnitudes")
@@ -57,7 +57,9 @@ class LayerFiles:
             return
         weights = compressed.weights
         arrays = {name: getattr(weights, name) for name in _INTEGERS} | {"types": compressed.types}
-        arrays |= {f"around.{name}": values.cpu().numpy() for name, values in _around(layer, norm).items()}
+        arrays |= {
+            f"around.{name}": values.cpu().numpy() for name, values in surroundings(layer, norm).items()
+        }
         header = {
             "format": FORMAT,
             "version": VERSION,
@@ -89,7 +91,7 @@ class LayerFiles:
         problems = list(differences(header.get("identity"), dict(self.identity)))
         if problems:
             raise InputError(str(path), problems)
-        around = {f"around.{name}": values for name, values in _around(layer, norm).items()}
+        around = {f"around.{name}": values for name, values in surroundings(layer, norm).items()}
         if header.get("layer") != layer.name or set(arrays) != {*_INTEGERS, "types", *around}:
             raise FormatError(str(path), Problem("layer", f'does not hold "{layer.name}": damaged'))
         settings = layer.settings
@@ -112,7 +114,7 @@ class LayerFiles:
         return compressed, None if error is None else LayerError(**error)
 
 
-def _around(layer: PlannedLayer, norm: nn.Module | None) -> dict[str, Tensor]:
+def surroundings(layer: PlannedLayer, norm: nn.Module | None) -> dict[str, Tensor]:
     """What changes with a layer besides its weight."""
     bias = layer.module._parameters.get("bias")
     found: dict[str, Tensor] = {} if bias is None else {"bias": bias.detach()}

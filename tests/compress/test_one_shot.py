@@ -72,6 +72,7 @@ def test_the_plan_is_met_and_the_errors_are_what_the_layers_say() -> None:
         assert types.shape == layer.types_shape
     assert [each.layer for each in result.errors] == ["0", "3", "6", "9", "11"]
     assert all(0 <= each.reached_percent <= each.projected_percent for each in result.errors)
+    assert all(each.is_fitted for each in result.errors)
     assert not result.warnings
     assert not model.training
 
@@ -154,7 +155,7 @@ def test_means_and_variances_are_those_of_the_original() -> None:
     """After each normalisation, and after a convolution with a bias."""
     found = {}
     for refit_bias, refit_variance in ((True, True), (True, False), (False, False)):
-        recipe = OneShotRecipe(refit_bias=refit_bias, refit_variance=refit_variance)
+        recipe = OneShotRecipe(refit_bias=refit_bias, refit_variance=refit_variance, held_out=0.0)
         original, found[refit_bias, refit_variance], _ = compressed(recipe)
     for at in (1, 4, 6):
         wanted = channel_means(original, at, samples())
@@ -165,6 +166,51 @@ def test_means_and_variances_are_those_of_the_original() -> None:
         if at != 6:
             torch.testing.assert_close(both[1], wanted[1], atol=1e-3, rtol=1e-2)
             assert (means[1] - wanted[1]).abs().max() > 0.02
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["network", "layer"])
+def test_a_fit_that_follows_few_inputs_too_closely_gives_way_to_the_projection(target: str) -> None:
+    """60 samples that lie in no small subspace, 400 inputs of a layer: fitted, new inputs come out worse than projected."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(400, 24), nn.ReLU(), nn.Linear(24, 6))
+    config = CompressionConfig(block=(2, 2), pruned=0.0, unified=0.0, weight_bits=5, exempt_first_last=False)
+    inputs, others = torch.randn(60, 400), torch.randn(400, 400)
+    found, kept = {}, {}
+    for name, options in (
+        ("judged", {}),
+        ("fitted", {"held_out": 0.0}),
+        ("projected", {"method": "projection"}),
+    ):
+        model = copy.deepcopy(original)
+        recipe = OneShotRecipe(target=target, damping=1e-4, refit_bias=False, **options)
+        result = one_shot(model, inputs, config, recipe)
+        found[name] = error(model, original, others)
+        kept[name] = [each.is_fitted for each in result.errors]
+    assert found["fitted"] > 1.2 * found["projected"]
+    assert found["judged"] <= 1.02 * found["projected"]
+    assert kept["judged"][0] is False
+    assert kept["fitted"] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "apart"),
+    [
+        ([8], 0.25, [3, 7]),
+        ([3], 0.25, []),
+        ([4], 0.25, [3]),
+        ([1, 1, 1, 1, 1], 0.25, [3]),
+        ([3, 3], 0.5, [1, 3, 5]),
+        ([1], 0.5, []),
+        ([8], 0.0, []),
+    ],
+)
+def test_samples_are_held_out_evenly(sizes: list[int], share: float, apart: list[int]) -> None:
+    batches = list(torch.arange(sum(sizes)).split(sizes))
+    seen, held_out = module._split(batches, share)
+    assert torch.cat([*held_out, torch.empty(0, dtype=torch.long)]).tolist() == apart
+    together = torch.cat([*seen, *held_out]).sort().values
+    assert together.tolist() == list(range(sum(sizes)))
 
 
 def test_fewer_samples_than_inputs_are_enough_to_run() -> None:
