@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sweeps.runner
 from hwsim.cli import cli
 from hwsim.errors import InputError
 from sweeps.batch import Grid
@@ -197,6 +198,28 @@ def test_killed_and_started_again(enumerated: Path, tmp_path: Path) -> None:
     assert "knee of latency_ms and energy_pj" in result.output
     query = CliRunner().invoke(cli, ["query", str(tmp_path / "out"), "SELECT count(*) AS n FROM points"])
     assert "40" in query.output
+
+
+def test_one_pool_serves_the_whole_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches that train: their processes are started once, and the store's parts are merged at the end only."""
+    opened, merged = [], []
+    open_pool, compact = sweeps.runner.open_pool, ResultStore.compact
+
+    def counted(*arguments: object) -> object:
+        opened.append(arguments)
+        return open_pool(*arguments)
+
+    monkeypatch.setattr("sweeps.runner.open_pool", counted)
+    monkeypatch.setattr(ResultStore, "compact", lambda store: (merged.append(1), compact(store)))
+    training = {"dataset": "digits", "train_images": 100, "test_images": 50, "dense_epochs": 1}
+    training |= {"admm_epochs": 1, "retrain_epochs": 1}
+    space = small_space(random=None, training=training, machine={"base": "msa-8x8"}, blocks=["4x4"])
+    settings = SearchSettings("random", 3)
+    found = run_search(space, tmp_path, ask(space, ["latency_ms", "energy_pj"]), settings, workers=1)
+    assert found.computed == len(list((tmp_path / "artifacts").iterdir())) == 3
+    assert (len(opened), len(merged)) == (1, 1)
+    run_search(space, tmp_path, ask(space, ["latency_ms", "energy_pj"]), settings, workers=1)
+    assert (len(opened), len(merged)) == (1, 1), "nothing to train and nothing new: no pool, no merging"
 
 
 def test_the_proof_in_short(enumerated: Path) -> None:
