@@ -39,6 +39,8 @@ class Pool:
         What a task that was lost with its worker, again and again, raises.
     reports : callable
         What trainings have reported since the last call.
+    is_here : bool
+        On this machine.
     """
 
     executor: Executor
@@ -46,6 +48,7 @@ class Pool:
     most_running: int
     lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
     reports: Callable[[], list[Any]] = field(default=list)
+    is_here: bool = True
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Start a training."""
@@ -140,7 +143,8 @@ def _dask(scheduler: str, workers: int) -> Iterator[Pool]:
         cores = max(sum(client.ncores().values()), 1)
         executor = client.get_executor(pure=False)
         try:
-            yield Pool(executor, executor, 2 * cores, (distributed.scheduler.KilledWorker,))
+            lost = (distributed.scheduler.KilledWorker,)
+            yield Pool(executor, executor, 2 * cores, lost, is_here=scheduler == "local")
         finally:
             executor.shutdown(wait=False)
 

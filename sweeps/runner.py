@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from hwsim.errors import HwsimError
 from hwsim.files import write_atomically
+from hwsim.kernels import are_compiled
 from sweeps import tasks
 from sweeps.batch import Grid
 from sweeps.executors import Pool, inline_pool, open_pool
@@ -256,6 +257,7 @@ class _Sweep:
     ) -> None:
         self.grid, self.folder, self.store, self.pool, self.tally = grid, folder, store, pool, tally
         self.with_details = with_details
+        self.compiles: bool | None = None
         self.ready: deque[_Task] = deque()
         self.waiting: dict[str, list[_Task]] = {}
         self.running: dict[Future[Any], _Task] = {}
@@ -300,12 +302,19 @@ class _Sweep:
         trained = isinstance(task.point.weights, Training)
         if task.job == "evaluate":
             artifact = artifact_path(self.folder, task.point).read_bytes() if trained else None
-            self.tally.say(f"simulating {tasks.weights_text(task.point)}")
+            compiling = ", compiling kernels, once" if self._compiles_now() else ""
+            self.tally.say(f"simulating {tasks.weights_text(task.point)}{compiling}")
             return self.pool.submit_light(
                 tasks.evaluate, self.grid.space, task.numbers, artifact, self.with_details
             )
         dense = dense_path(self.folder, task.point).read_bytes() if task.job == "compress" else None
         return self.pool.submit(tasks.train, task.job, task.point, dense)
+
+    def _compiles_now(self) -> bool:
+        """Whether the first result waits for the compiler, for most of a minute; of other machines nothing is known."""
+        if self.compiles is None:
+            self.compiles = self.pool.is_here and not are_compiled()
+        return self.compiles and not self.tally.simulated_points
 
     def _result(self, future: Future[Any], task: _Task) -> Any:
         try:
@@ -319,7 +328,7 @@ class _Sweep:
     def _finish(self, task: _Task, result: Any) -> None:
         if task.job == "evaluate":
             self.store.append_tables({name: tasks.decoded(stream) for name, stream in result.items()})
-            self.tally.simulated(len(task.numbers))
+            self.tally.simulated(len(task.numbers), f"simulating {tasks.weights_text(task.point)}")
             return
         text = tasks.weights_text(task.point)
         if task.job == "dense":
@@ -380,7 +389,8 @@ class _Tally:
         self.doing = doing
         self._tell()
 
-    def simulated(self, points: int) -> None:
+    def simulated(self, points: int, doing: str) -> None:
+        self.doing = doing
         self.points_done += points
         self.simulated_points += points
         self._tell()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 
 from hwsim import simulate
+from hwsim.kernels import are_compiled
 from hwsim.layer import random_layers
 from hwsim.machine import load_machine
 from sweeps.runner import SweepProgress, run_sweep
@@ -49,6 +51,27 @@ def test_every_point_once_and_nothing_twice(tmp_path: Path) -> None:
     assert frame["key"].is_unique
     assert frame["error"].isna().all()
     assert (frame["speedup_with_memory"] > 1).all()
+
+
+def test_the_bar_says_that_kernels_compile_until_the_first_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for compiled in (False, True):
+        seen: list[SweepProgress] = []
+        monkeypatch.setattr("sweeps.runner.are_compiled", lambda compiled=compiled: compiled)
+        run_sweep(random_space(), tmp_path / str(compiled), details="none", progress=seen.append)
+        told = [now.points_done for now in seen if "compiling kernels" in now.doing]
+        assert told == ([] if compiled else [0]), "before the first result, and only there"
+
+
+def test_what_is_compiled_is_known_from_the_files(tmp_path: Path) -> None:
+    """Kernels that ran in this process are kept; where the folder of the compiled ones is empty, none is."""
+    run_sweep(random_space(blocks=["4x4"], ratios=[[0.5, 0.5]]), tmp_path)
+    assert are_compiled()
+    command = [sys.executable, "-c", "from hwsim.kernels import are_compiled; print(are_compiled())"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "empty")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_larger_space_computes_only_what_is_new(tmp_path: Path) -> None:
