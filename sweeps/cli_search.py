@@ -224,11 +224,11 @@ def _prove(
 
 
 def _load(path: Path) -> Space:
-    from compress.data import DATASETS
+    from compress.data import BY_NAME
     from compress.zoo_shapes import zoo_names
     from sweeps.space import load_space
 
-    return load_space(path, networks=zoo_names(), datasets=DATASETS)
+    return load_space(path, networks=zoo_names(), datasets=BY_NAME)
 
 
 def _shipped(name: str) -> Space:
