@@ -10,6 +10,7 @@ Who asks for points batch by batch, as a search does, keeps a `SweepRunner` open
 from __future__ import annotations
 
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -30,7 +31,7 @@ from sweeps.batch import Grid
 from sweeps.executors import Pool, inline_pool, open_pool
 from sweeps.space import Point, Space, Training
 from sweeps.store import ResultStore
-from sweeps.weights import artifact_path, dense_path
+from sweeps.weights import artifact_path, dense_path, state_path
 
 if TYPE_CHECKING:
     from compress.fit import Progress
@@ -308,7 +309,12 @@ class _Sweep:
                 tasks.evaluate, self.grid.space, task.numbers, artifact, self.with_details
             )
         dense = dense_path(self.folder, task.point).read_bytes() if task.job == "compress" else None
-        return self.pool.submit(tasks.train, task.job, task.point, dense)
+        return self.pool.submit(tasks.train, task.job, task.point, dense, self._state_of(task))
+
+    def _state_of(self, task: _Task) -> Path | None:
+        """Where an unfinished training is kept; None where it runs on machines that may not see the folder."""
+        key = task.point.dense_key if task.job == "dense" else task.point.training_key
+        return state_path(self.folder, key).absolute() if self.pool.is_here else None
 
     def _compiles_now(self) -> bool:
         """Whether the first result waits for the compiler, for most of a minute; of other machines nothing is known."""
@@ -332,13 +338,18 @@ class _Sweep:
             return
         text = tasks.weights_text(task.point)
         if task.job == "dense":
-            write_atomically(dense_path(self.folder, task.point), result)
+            self._keep(task, dense_path(self.folder, task.point), result)
             self.tally.trained(task.point.dense_key, text, None)
             self.ready.extend(self.waiting.pop(task.point.dense_key))
         else:
-            write_atomically(artifact_path(self.folder, task.point), result)
+            self._keep(task, artifact_path(self.folder, task.point), result)
             self.tally.trained(task.point.training_key, text, None)
             self._evaluate(task)
+
+    def _keep(self, task: _Task, path: Path, result: bytes) -> None:
+        write_atomically(path, result)
+        if state := self._state_of(task):
+            shutil.rmtree(state, ignore_errors=True)
 
     def _listen(self) -> None:
         latest: dict[str, tuple[str, Progress]] = {}
