@@ -249,7 +249,7 @@ def _answer(result: Search) -> list[str]:
     front = found_front(result.trials, result.question)
     rows = front.iloc[sorted({round(i * (len(front) - 1) / max(_ROWS - 1, 1)) for i in range(_ROWS)})]
     some = f", {len(rows)} of them from one end to the other" if len(rows) < len(front) else ""
-    lines = [f"front     {len(front)} points{some}: {result.question}"]
+    lines = [f"question  {result.question}", f"front     {len(front)} points{some}"]
     table = configurations(result, rows)
     table = table.assign(**{name: table[name].map("{:.4g}".format) for name in result.question.columns})
     table = table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
@@ -260,7 +260,7 @@ def _answer(result: Search) -> list[str]:
     lines.append(_table(table.drop(columns=same)))
     for names, knee in found_knees(front, result.question).items():
         values = ", ".join(f"{name} {knee[name]:.6g}" for name in result.question.objectives)
-        lines.append(f"knee of {' and '.join(names)}: {str(knee['key'])[:12]} ({values})")
+        lines += [f"knee of {' and '.join(names)}: {str(knee['key'])[:12]}", f"  {values}"]
     return lines
 
 

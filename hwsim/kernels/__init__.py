@@ -16,6 +16,7 @@ def are_compiled() -> bool:
         energy_of,
     )  # the last that an evaluation calls, so the last that is compiled
 
-    kept = list(Path(energy_of.stats.cache_path).glob("totals.energy_of-*.nbi"))
+    folder = energy_of.stats.cache_path
+    kept = [] if folder is None else list(Path(folder).glob("totals.energy_of-*.nbi"))
     newest = max(source.stat().st_mtime for source in Path(__file__).parent.glob("[!_]*.py"))
     return any(index.stat().st_mtime >= newest for index in kept)
