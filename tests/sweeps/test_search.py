@@ -33,6 +33,7 @@ from sweeps.search import (
     save_search,
 )
 from sweeps.search.outcome import Scale, hypervolume_history
+from sweeps.search.page import _across
 from sweeps.search.proof import enumerate_space, prove
 from sweeps.search.proposals import SAMPLERS, History, Proposer, Sampler
 from sweeps.search.surrogate import predict, promising
@@ -233,6 +234,34 @@ def test_the_proof_in_short(enumerated: Path) -> None:
     assert runs.loc["hybrid", "mean"] > runs.loc["random", "mean"]
     assert proof.runs["hypervolume_ratio"].le(1 + 1e-9).all()
     assert proof.points == 144
+
+
+def test_the_table_over_all_questions() -> None:
+    """A seed that misses the goal counts as a question that was not reached, however soon the others were."""
+
+    def runs(**to_goal: list[float]) -> pd.DataFrame:
+        rows = [
+            {
+                "sampler": name,
+                "evaluations_to_goal": points,
+                "hypervolume_ratio": 0.5 if np.isnan(points) else 0.99,
+            }
+            for name, several in to_goal.items()
+            for points in several
+        ]
+        return pd.DataFrame(rows)
+
+    nan = float("nan")
+    text = _across(
+        [
+            runs(hybrid=[10, 20, 30], tpe=[5, 15, 90]),
+            runs(hybrid=[10, 20, nan], tpe=[50, 60, 70]),
+            runs(hybrid=[10, 20, 30], tpe=[1, 2, nan]),
+        ]
+    )
+    assert "All 3 questions" in text
+    assert "| hybrid | 2 of 3 | – | 0.5000 |" in text
+    assert "| tpe | 2 of 3 | 2 | 0.5000 |" in text
 
 
 @pytest.mark.slow
