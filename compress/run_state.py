@@ -254,6 +254,7 @@ def check_same_run(folder: Path, found: RunState | None) -> None:
     Raises
     ------
     InputError
+        They have not.
     """
     done = 0 if found is None else 2 * found.epoch + (found.phase == "retrain")
     seen = [int(part) for part in gathered(torch.tensor([done]))]

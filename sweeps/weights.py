@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,11 @@ def artifact_path(folder: Path, point: Point) -> Path:
 
 
 def state_path(folder: Path, training: str) -> Path:
-    """Where the state of an unfinished training lies, a folder; ``training`` is its key."""
-    return folder / "unfinished" / training
+    """Where the state of an unfinished training lies, a folder; ``training`` is its key.
+
+    With another version of torch the bits would be others, so the training starts anew.
+    """
+    return folder / "unfinished" / f"{training}-torch-{version('torch')}"
 
 
 def random_point_layers(point: Point) -> list[Layer]:

@@ -12,9 +12,8 @@ def are_compiled() -> bool:
 
     If not, the first evaluation compiles them, for most of a minute. Imports numba.
     """
-    from hwsim.kernels.totals import (
-        energy_of,
-    )  # the last that an evaluation calls, so the last that is compiled
+    # The last that an evaluation calls, so the last that is compiled.
+    from hwsim.kernels.totals import energy_of
 
     folder = energy_of.stats.cache_path
     kept = [] if folder is None else list(Path(folder).glob("totals.energy_of-*.nbi"))
