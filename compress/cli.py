@@ -519,9 +519,13 @@ def load_images(data: str, train_images: int | None, test_images: int | None, se
     """Images by name or from a folder; what the library warns of goes to stderr in plain words."""
     import warnings
 
-    from compress.data import load_dataset
+    from compress.data import BY_NAME, load_dataset
+    from hwsim.errors import InputError, Problem, nearest_name
 
     is_folder = Path(data).is_dir()
+    if not is_folder and data not in BY_NAME:
+        message = f'"{data}" is neither a data set nor a folder with four IDX files'
+        raise InputError("options", Problem("--data", message, nearest_name(data, BY_NAME)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         images = load_dataset(

@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 from hwsim.errors import HwsimError, InputError, Problem, nearest_name
 from hwsim.files import write_atomically
 
-__all__ = ["DATASETS", "Dataset", "balanced_subset", "load_dataset", "parse_idx"]
+__all__ = ["BY_NAME", "DATASETS", "Dataset", "balanced_subset", "load_dataset", "parse_idx"]
 
-DATASETS = ("digits", "fashion-mnist", "idx")
+BY_NAME = ("digits", "fashion-mnist")
+DATASETS = (*BY_NAME, "idx")
+"""The last needs the user's folder, so it cannot be had by its name alone."""
 """Names that `load_dataset` knows: ``idx`` is a folder of the user's own IDX files."""
 
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -23,11 +23,14 @@ from compress.retrain import MaskedRetraining
 from compress.rules import CompressionConfig, Plan, PlannedLayer, Recipe, plan_layers
 from compress.run_state import (
     RunState,
+    check_same_run,
     digest,
     optimizer_tensors,
+    random_state,
     read_run,
     restore_model,
     restore_optimizer,
+    restore_random,
     write_run,
 )
 from hwsim.errors import InputError, Problem
@@ -366,11 +369,10 @@ def _teacher(model: nn.Module, recipe: Recipe) -> _Teacher | None:
 def _permute(model: nn.Module, plan: Plan, batches: Batches, device: torch.device) -> Permutation:
     if not any(layer.settings.permute_channels for layer in plan.layers):
         return Permutation((), ())
-    state = _random_state(batches, device)
+    state = random_state(device, _generator(batches))
     inputs, _ = next(iter(batches))
-    _set_random_state(
-        batches, device, state
-    )  # the look at one batch must not change the order of the training
+    # The look at one batch must not change the order of the training.
+    restore_random(state, device, _generator(batches))
     return permute_channels(model, plan, inputs.to(device))
 
 
@@ -409,7 +411,7 @@ class _Keeper:
             "processes": ranks().size,
         }
         found = read_run(folder, identity)
-        _check_same_run(Path(folder), found)
+        check_same_run(Path(folder), found)
         return cls(Path(folder), identity, batches, found, dict(found.accuracies) if found else {})
 
     def epochs_done(self, phase: str) -> int:
@@ -430,7 +432,7 @@ class _Keeper:
             return
         restore_model(model, self.found.model)
         restore_optimizer(optimizer, self.found.optimizer)
-        _set_random_state(self.batches, _device(model), _own(self.found.random))
+        restore_random(self.found.random, _device(model), _generator(self.batches))
 
     def save(
         self,
@@ -444,7 +446,7 @@ class _Keeper:
         """At the end of an epoch."""
         if self.folder is None:
             return
-        random = _of_all(_random_state(self.batches, _device(model)))
+        random = random_state(_device(model), _generator(self.batches))
         if not ranks().is_main:
             return
         state = RunState(
@@ -465,47 +467,10 @@ def _identity(layer: PlannedLayer) -> dict[str, Any]:
     return {"counts": list(layer.counts), **settings}
 
 
-def _random_state(batches: Batches, device: torch.device) -> dict[str, Tensor]:
-    """The generators that decide dropout and the order of the data: torch's own, and that of a loader."""
-    state = {"torch": torch.get_rng_state()}
+def _generator(batches: Batches) -> torch.Generator | None:
+    """What decides the order of the data where a loader has a generator of its own."""
     generator = getattr(batches, "generator", None)
-    if isinstance(generator, torch.Generator):
-        state["data"] = generator.get_state()
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _of_all(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The generators of all processes: those of rank 0 under their own names, of rank 1 as ``"torch.1"``."""
-    return {
-        f"{name}.{rank}" if rank else name: part
-        for name, values in random.items()
-        for rank, part in enumerate(gathered(values))
-    }
-
-
-def _own(random: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of this process."""
-    suffix = "" if ranks().is_main else f".{ranks().rank}"
-    return {name: random[f"{name}{suffix}"] for name in random if "." not in name}
-
-
-def _check_same_run(folder: Path, found: RunState | None) -> None:
-    """All processes must have found the same: the folder lies where each of them can read it."""
-    done = 0 if found is None else 2 * found.epoch + (found.phase == "retrain")
-    seen = [int(part) for part in gathered(torch.tensor([done]))]
-    if len(set(seen)) > 1:
-        hint = "give a folder on a file system that all processes share"
-        raise InputError(str(folder), Problem("", "not all processes find the same stopped run", hint))
-
-
-def _set_random_state(batches: Batches, device: torch.device, state: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(state["torch"])
-    if "data" in state:
-        batches.generator.set_state(state["data"])  # type: ignore[attr-defined]
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    return generator if isinstance(generator, torch.Generator) else None
 
 
 def _batches(train_data: Batches | tuple[Tensor, Tensor], recipe: Recipe) -> Batches:

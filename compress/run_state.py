@@ -17,17 +17,21 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 
 from compress.container import read_container, write_container
+from compress.parallel import gathered, ranks
 from hwsim.errors import FormatError, InputError, Problem
 from hwsim.machine import validation_problems
 
 __all__ = [
     "RunState",
+    "check_same_run",
     "differences",
     "digest",
     "optimizer_tensors",
+    "random_state",
     "read_run",
     "restore_model",
     "restore_optimizer",
+    "restore_random",
     "write_run",
 ]
 
@@ -42,16 +46,18 @@ class RunState:
 
     Attributes
     ----------
-    phase : {"admm", "retrain"}
+    phase : {"train", "admm", "retrain"}
+        "train" is the training of an uncompressed network.
     epoch : int
         Epochs of the phase that are done.
     accuracies : dict of str to float or None
         What was evaluated so far, under ``dense`` and ``projected``.
-    model, optimizer, admm, types, random : dict of str to Tensor
-        ``random`` holds the generators of every process: ``"torch"`` is that of rank 0, ``"torch.1"`` that of rank 1.
+    model, optimizer, admm, types, random, log : dict of str to Tensor
+        ``random`` holds the generators of every process: ``"torch"`` is that of rank 0, ``"torch.1"`` that of rank 1. ``log``
+        holds what a training tells of its epochs.
     """
 
-    phase: Literal["admm", "retrain"]
+    phase: Literal["train", "admm", "retrain"]
     epoch: int
     accuracies: dict[str, float | None]
     model: Mapping[str, Tensor]
@@ -59,15 +65,16 @@ class RunState:
     admm: Mapping[str, Tensor]
     types: Mapping[str, Tensor] = field(default_factory=dict)
     random: Mapping[str, Tensor] = field(default_factory=dict)
+    log: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-_PARTS = ("model", "optimizer", "admm", "types", "random")
+_PARTS = ("model", "optimizer", "admm", "types", "random", "log")
 
 
 class _Header(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    phase: Literal["admm", "retrain"]
+    phase: Literal["train", "admm", "retrain"]
     epoch: Annotated[int, Field(strict=True, ge=1)]
     accuracies: dict[str, float | None]
     identity: dict[str, JsonValue]
@@ -210,3 +217,47 @@ def restore_model(model: nn.Module, stored: Mapping[str, Tensor]) -> None:
     if problems:
         raise FormatError("state of a stopped run", problems)
     model.load_state_dict(stored)
+
+
+def random_state(device: torch.device, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """The generators that decide dropout and the order of the data, of all processes (all of them call it).
+
+    Those of rank 0 have their own names, ``"torch"``, ``"data"`` (``generator``) and ``"cuda"``; of rank 1 ``"torch.1"``.
+    """
+    own = {"torch": torch.get_rng_state()}
+    if generator is not None:
+        own["data"] = generator.get_state()
+    if device.type == "cuda":
+        own["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        f"{name}.{rank}" if rank else name: part
+        for name, values in own.items()
+        for rank, part in enumerate(gathered(values))
+    }
+
+
+def restore_random(
+    random: Mapping[str, Tensor], device: torch.device, generator: torch.Generator | None = None
+) -> None:
+    """Put back what `random_state` gave, in this process its own."""
+    suffix = "" if ranks().is_main else f".{ranks().rank}"
+    torch.set_rng_state(random[f"torch{suffix}"])
+    if generator is not None and f"data{suffix}" in random:
+        generator.set_state(random[f"data{suffix}"])
+    if f"cuda{suffix}" in random:
+        torch.cuda.set_rng_state(random[f"cuda{suffix}"], device)
+
+
+def check_same_run(folder: Path, found: RunState | None) -> None:
+    """All processes must have found the same: the folder lies where each of them can read it.
+
+    Raises
+    ------
+    InputError
+        They have not.
+    """
+    done = 0 if found is None else 2 * found.epoch + (found.phase == "retrain")
+    seen = [int(part) for part in gathered(torch.tensor([done]))]
+    if len(set(seen)) > 1:
+        hint = "give a folder on a file system that all processes share"
+        raise InputError(str(folder), Problem("", "not all processes find the same stopped run", hint))

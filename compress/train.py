@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import safetensors
 import safetensors.torch
@@ -23,6 +23,18 @@ from compress.data import Dataset
 from compress.fit import Progress
 from compress.loop import Gradients, LossLog, Precision
 from compress.parallel import from_main, ranks, same_start
+from compress.run_state import (
+    RunState,
+    check_same_run,
+    digest,
+    optimizer_tensors,
+    random_state,
+    read_run,
+    restore_model,
+    restore_optimizer,
+    restore_random,
+    write_run,
+)
 from compress.shapes import evaluation_mode
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 from hwsim.machine import validation_problems
@@ -73,6 +85,7 @@ def train(
     precision: Precision = "fp32",
     accumulation: int = 1,
     progress: Callable[[Progress], None] | None = None,
+    resume_from: str | Path | None = None,
 ) -> tuple[Epoch, ...]:
     """Train in place: Adam, cross-entropy, learning rate falling to zero along a half cosine over all steps.
 
@@ -96,6 +109,9 @@ def train(
         See `compress.rules.Recipe`.
     progress : callable, optional
         Called with a `Progress` of the phase "train" after every batch, in the process of rank 0.
+    resume_from : str or Path, optional
+        A folder that keeps the state of the training after every epoch. The same call on the same folder goes on where the
+        training was stopped, and ends with the same bits.
 
     Returns
     -------
@@ -104,7 +120,10 @@ def train(
     Raises
     ------
     InputError
-        Settings out of range, a network that does not fit the images or the classes, or a loss that is not finite.
+        Settings out of range, a network that does not fit the images or the classes, a loss that is not finite, or a folder
+        that holds the state of another run.
+    FormatError
+        A damaged state.
     """
     count = len(data.train_labels)
     _check_settings(epochs, lr, batch_size, accumulation)
@@ -115,6 +134,17 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * batches)
     history: list[Epoch] = []
+    keeper = None
+    if resume_from is not None:
+        settings = {
+            "epochs": epochs,
+            "lr": lr,
+            "batch_size": batch_size,
+            "seed": seed,
+            "precision": precision,
+            "accumulation": accumulation,
+        }
+        keeper = _Keeper(Path(resume_from), _identity(model, data, settings), optimizer, schedule)
     generators = [device] if device.type == "cuda" else []
     with (
         torch.random.fork_rng(devices=generators),
@@ -123,7 +153,9 @@ def train(
         torch.manual_seed(here.seed(seed))
         same_start(model)
         gradients = Gradients(model, _cross_entropy, precision=precision, accumulation=accumulation)
-        for epoch in range(1, epochs + 1):
+        if keeper is not None:
+            history += keeper.restore(model, batches)
+        for epoch in range(len(history) + 1, epochs + 1):
             started = time.perf_counter()
             model.train()
             order = torch.randperm(count)
@@ -144,8 +176,68 @@ def train(
             seconds = time.perf_counter() - started
             test_accuracy = evaluate(model, data.normalise(data.test_images), data.test_labels)
             history.append(Epoch(epoch, losses.total / batches, test_accuracy, seconds))
+            if keeper is not None:
+                keeper.save(model, history)
     model.eval()
     return tuple(history)
+
+
+@dataclass(frozen=True, eq=False)
+class _Keeper:
+    """Keeps the state of a training after every epoch, and puts it back."""
+
+    folder: Path
+    identity: dict[str, Any]
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+    def restore(self, model: nn.Module, batches: int) -> list[Epoch]:
+        """The epochs that a stopped training had done, everything as it was after them."""
+        found = read_run(self.folder, self.identity)
+        check_same_run(self.folder, found)
+        if found is None:
+            return []
+        restore_model(model, found.model)
+        restore_optimizer(self.optimizer, found.optimizer)
+        restore_random(found.random, device_of(model))
+        lr, steps = float(found.log["lr"]), found.epoch * batches
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Each rate follows from the one before, so the schedule cannot be asked for the rate of a step.
+        done = {"last_epoch": steps, "_step_count": steps + 1, "_last_lr": [lr]}
+        self.schedule.load_state_dict({**self.schedule.state_dict(), **done})
+        return [Epoch(number, *row) for number, row in enumerate(found.log["epochs"].tolist(), 1)]
+
+    def save(self, model: nn.Module, history: list[Epoch]) -> None:
+        """At the end of an epoch; all processes call it, that of rank 0 writes."""
+        random = random_state(device_of(model))
+        if not ranks().is_main:
+            return
+        rows = [[epoch.loss, epoch.test_accuracy, epoch.seconds] for epoch in history]
+        log = {
+            "epochs": torch.tensor(rows, dtype=torch.float64),
+            "lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64),
+        }
+        tensors = optimizer_tensors(self.optimizer)
+        state = RunState("train", len(history), {}, model.state_dict(), tensors, {}, {}, random, log)
+        write_run(self.folder, self.identity, state)
+
+
+def _identity(model: nn.Module, data: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
+    images = {
+        "train_images": data.train_images,
+        "train_labels": data.train_labels,
+        "test_images": data.test_images,
+        "test_labels": data.test_labels,
+    }
+    return {
+        "training": settings,
+        "network": digest(model.state_dict()),
+        "data": digest(images),
+        "torch": torch.__version__,
+        "device": device_of(model).type,
+        "processes": ranks().size,
+    }
 
 
 def _cross_entropy(outputs: torch.Tensor, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

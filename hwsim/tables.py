@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["format_table", "short_number", "time_text"]
+
+_LEAST_TEXT = 6
 
 
 def short_number(value: float) -> str:
@@ -32,7 +35,10 @@ def time_text(milliseconds: float) -> str:
 
 
 def format_table(rows: Sequence[Mapping[Any, Any]], width: int | None = None) -> str:
-    """Rows of the same keys as text, numbers to the right, texts to the left and cut at their front where space is short.
+    """Rows of the same keys as text, numbers to the right, texts to the left.
+
+    Where space is short, names stand in several lines, broken after ``_``, ``.`` and spaces; then texts are cut at their
+    front, the widest first.
 
     Parameters
     ----------
@@ -40,6 +46,13 @@ def format_table(rows: Sequence[Mapping[Any, Any]], width: int | None = None) ->
         At least one.
     width : int or None
         Characters of a line; the terminal's by default.
+
+    Examples
+    --------
+    >>> print(format_table([{"layer": "conv1", "latency_cycles": 4805, "energy_pj": 1.5}], width=20))
+           latency_  energy_
+    layer    cycles       pj
+    conv1      4.8k     1.50
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
     names = list(rows[0])
@@ -48,19 +61,52 @@ def format_table(rows: Sequence[Mapping[Any, Any]], width: int | None = None) ->
         [row[name] if text else short_number(row[name]) for name, text in zip(names, texts, strict=True)]
         for row in rows
     ]
-    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
-    widest = max((i for i, text in enumerate(texts) if text), key=lambda i: widths[i], default=None)
-    if widest is not None:
-        excess = sum(widths) + 2 * (len(widths) - 1) - width
-        widths[widest] = max(widths[widest] - max(excess, 0), len(names[widest]), 6)
+    columns = list(zip(*cells, strict=True))
+    heads = [[str(name)] for name in names]
+    widths = _widths(heads, columns)
+    if _excess(widths, width) > 0:
+        heads = [
+            _folded(str(name), max(map(len, column))) for name, column in zip(names, columns, strict=True)
+        ]
+        widths = _widths(heads, columns)
+    while (excess := _excess(widths, width)) > 0:
+        least = [max(_LEAST_TEXT, *map(len, head)) for head in heads]
+        longer = [i for i, text in enumerate(texts) if text and widths[i] > least[i]]
+        if not longer:
+            break
+        widest = max(longer, key=lambda i: widths[i])
+        widths[widest] = max(widths[widest] - excess, least[widest])
+    height = max(map(len, heads))
+    upright = [[""] * (height - len(head)) + head for head in heads]
     lines = []
-    for line in [names, *cells]:
+    for line in [*zip(*upright, strict=True), *cells]:
         parts = [
             _cut(cell, size).ljust(size) if text else cell.rjust(size)
             for cell, size, text in zip(line, widths, texts, strict=True)
         ]
         lines.append("  ".join(parts).rstrip())
     return "\n".join(lines)
+
+
+def _widths(heads: Sequence[Sequence[str]], columns: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, [*head, *column])) for head, column in zip(heads, columns, strict=True)]
+
+
+def _excess(widths: Sequence[int], width: int) -> int:
+    return sum(widths) + 2 * (len(widths) - 1) - width
+
+
+def _folded(name: str, width: int) -> list[str]:
+    """A name in lines no longer than ``width`` or its longest word."""
+    words = re.findall(r"[^_. ]+[_. ]*|[_. ]+", name)
+    width = max([width, *(len(word.rstrip(" ")) for word in words)])
+    lines = [""]
+    for word in words:
+        if len((lines[-1] + word).rstrip(" ")) <= width:
+            lines[-1] += word
+        else:
+            lines.append(word)
+    return [line.rstrip(" ") for line in lines]
 
 
 def _cut(text: str, size: int) -> str:

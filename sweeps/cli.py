@@ -169,11 +169,11 @@ def demo(out: Path | None, quick: bool, workers: int | None) -> None:
 
 
 def _load_space(path: Path) -> Space:
-    from compress.data import DATASETS
+    from compress.data import BY_NAME
     from compress.zoo_shapes import zoo_names
     from sweeps.space import load_space
 
-    return load_space(path, networks=zoo_names(), datasets=DATASETS)
+    return load_space(path, networks=zoo_names(), datasets=BY_NAME)
 
 
 def _run(

@@ -70,6 +70,7 @@ def codesign(
     asked = _all_of(
         {
             "budget": lambda: parse_goal(budget),
+            "data": lambda: _check_data(data),
             "space": lambda: _space(space, data, quick),
             "network": lambda: load_checkpoint(network) if is_file else zoo.network(network),
         }
@@ -158,14 +159,23 @@ def codesign_study(
         click.echo(path)
 
 
+def _check_data(data: str | None) -> None:
+    from compress.data import BY_NAME
+    from hwsim.errors import InputError, Problem, nearest_name
+
+    if data is not None and data not in BY_NAME:
+        raise InputError("--data", Problem("", f'"{data}" is not known', nearest_name(data, BY_NAME)))
+
+
 def _space(path: Path | None, data: str | None, quick: bool) -> CoDesignSpace:
     """The space of a file, or the one that ships; with other data or a short training."""
     from importlib import resources
 
+    from compress.data import BY_NAME
     from sweeps.codesign.settings import load_codesign_space
 
     with resources.as_file(resources.files("sweeps").joinpath("spaces", "codesign.toml")) as shipped:
-        changes = (QUICK if quick else {}) | ({"dataset": data} if data is not None else {})
+        changes = (QUICK if quick else {}) | ({"dataset": data} if data in BY_NAME else {})
         return load_codesign_space(path or shipped, changes)
 
 

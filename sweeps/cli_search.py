@@ -224,11 +224,11 @@ def _prove(
 
 
 def _load(path: Path) -> Space:
-    from compress.data import DATASETS
+    from compress.data import BY_NAME
     from compress.zoo_shapes import zoo_names
     from sweeps.space import load_space
 
-    return load_space(path, networks=zoo_names(), datasets=DATASETS)
+    return load_space(path, networks=zoo_names(), datasets=BY_NAME)
 
 
 def _shipped(name: str) -> Space:
@@ -249,7 +249,7 @@ def _answer(result: Search) -> list[str]:
     front = found_front(result.trials, result.question)
     rows = front.iloc[sorted({round(i * (len(front) - 1) / max(_ROWS - 1, 1)) for i in range(_ROWS)})]
     some = f", {len(rows)} of them from one end to the other" if len(rows) < len(front) else ""
-    lines = [f"front     {len(front)} points{some}: {result.question}"]
+    lines = [f"question  {result.question}", f"front     {len(front)} points{some}"]
     table = configurations(result, rows)
     table = table.assign(**{name: table[name].map("{:.4g}".format) for name in result.question.columns})
     table = table.map(lambda value: f"{value:g}" if isinstance(value, float) else str(value))
@@ -260,7 +260,7 @@ def _answer(result: Search) -> list[str]:
     lines.append(_table(table.drop(columns=same)))
     for names, knee in found_knees(front, result.question).items():
         values = ", ".join(f"{name} {knee[name]:.6g}" for name in result.question.objectives)
-        lines.append(f"knee of {' and '.join(names)}: {str(knee['key'])[:12]} ({values})")
+        lines += [f"knee of {' and '.join(names)}: {str(knee['key'])[:12]}", f"  {values}"]
     return lines
 
 

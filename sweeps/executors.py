@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hwsim.errors import InputError, Problem
@@ -18,7 +18,7 @@ from sweeps.tasks import report_to
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Pool", "open_pool"]
+__all__ = ["Pool", "inline_pool", "open_pool"]
 
 _CONNECT_SECONDS = 10
 
@@ -32,13 +32,15 @@ class Pool:
     executor : Executor
         Takes trainings.
     light : Executor
-        Takes evaluations: the same, or this process where that is quicker.
+        Takes evaluations: the same, or this process (`evaluating_here`).
     most_running : int
         Tasks to submit at a time: enough to keep every worker busy, and few enough to stay small.
     lost : tuple of exception types
         What a task that was lost with its worker, again and again, raises.
     reports : callable
         What trainings have reported since the last call.
+    is_here : bool
+        On this machine.
     """
 
     executor: Executor
@@ -46,6 +48,7 @@ class Pool:
     most_running: int
     lost: tuple[type[Exception], ...] = (BrokenProcessPool,)
     reports: Callable[[], list[Any]] = field(default=list)
+    is_here: bool = True
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Start a training."""
@@ -54,6 +57,10 @@ class Pool:
     def submit_light(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         """Start an evaluation."""
         return self.light.submit(function, *arguments)
+
+    def evaluating_here(self) -> Pool:
+        """The same pool, but evaluations are done in this process."""
+        return replace(self, light=_Inline())
 
 
 class _Inline(Executor):
@@ -68,40 +75,33 @@ class _Inline(Executor):
         return future
 
 
+def inline_pool() -> Pool:
+    """A pool of this process alone."""
+    return Pool(_Inline(), _Inline(), 1)
+
+
 @contextmanager
-def open_pool(
-    processes: int, scheduler: str | None, workers: int, *, light_inline: bool = False
-) -> Iterator[Pool]:
+def open_pool(scheduler: str | None, workers: int) -> Iterator[Pool]:
     """A pool for the time of the context; what is still running at its end is stopped.
 
     Parameters
     ----------
-    processes : int
-        Of this machine; 0 for none but this one.
     scheduler : str or None
-        Address of a Dask scheduler, or ``"local"``.
+        Address of a Dask scheduler, or ``"local"``; None for processes of this machine.
     workers : int
-        Of the ``"local"`` cluster.
-    light_inline : bool
-        Evaluate in this process all the same.
+        Of this machine or of the ``"local"`` cluster, at most: a process starts when no other is free.
 
     Raises
     ------
     InputError
         `distributed` is not installed, or there is no scheduler at the address.
     """
-    if scheduler is not None:
-        with _dask(scheduler, workers) as pool:
-            yield pool
-    elif processes == 0:
-        yield Pool(_Inline(), _Inline(), 1)
-    else:
-        with _processes(processes, light_inline) as pool:
-            yield pool
+    with _processes(workers) if scheduler is None else _dask(scheduler, workers) as pool:
+        yield pool
 
 
 @contextmanager
-def _processes(count: int, light_inline: bool) -> Iterator[Pool]:
+def _processes(count: int) -> Iterator[Pool]:
     context = multiprocessing.get_context("spawn")
     reports: Any = context.Queue()
     stop = context.Event()
@@ -118,7 +118,7 @@ def _processes(count: int, light_inline: bool) -> Iterator[Pool]:
                 return found
 
     try:
-        yield Pool(executor, _Inline() if light_inline else executor, 2 * count, reports=received)
+        yield Pool(executor, executor, 2 * count, reports=received)
     finally:
         stop.set()
         executor.shutdown(cancel_futures=True)
@@ -143,7 +143,8 @@ def _dask(scheduler: str, workers: int) -> Iterator[Pool]:
         cores = max(sum(client.ncores().values()), 1)
         executor = client.get_executor(pure=False)
         try:
-            yield Pool(executor, executor, 2 * cores, (distributed.scheduler.KilledWorker,))
+            lost = (distributed.scheduler.KilledWorker,)
+            yield Pool(executor, executor, 2 * cores, lost, is_here=scheduler == "local")
         finally:
             executor.shutdown(wait=False)
 

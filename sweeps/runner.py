@@ -3,16 +3,21 @@
 Points that differ in the machine only share one training. Whatever is already in the store or on disk is not computed again, so
 an interrupted sweep goes on where it was. Work is cut into tasks (`sweeps.tasks`) for an executor: this process, processes of
 this machine, or the workers of a Dask scheduler. Results come back here, and only this process writes.
+
+Who asks for points batch by batch, as a search does, keeps a `SweepRunner` open: its processes start once.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,17 +25,18 @@ from numpy.typing import NDArray
 
 from hwsim.errors import HwsimError
 from hwsim.files import write_atomically
+from hwsim.kernels import are_compiled
 from sweeps import tasks
 from sweeps.batch import Grid
-from sweeps.executors import Pool, open_pool
+from sweeps.executors import Pool, inline_pool, open_pool
 from sweeps.space import Point, Space, Training
 from sweeps.store import ResultStore
-from sweeps.weights import artifact_path, dense_path
+from sweeps.weights import artifact_path, dense_path, state_path
 
 if TYPE_CHECKING:
     from compress.fit import Progress
 
-__all__ = ["Details", "SweepProgress", "SweepResult", "run_sweep"]
+__all__ = ["Details", "SweepProgress", "SweepResult", "SweepRunner", "run_sweep"]
 
 Details = Literal["auto", "all", "none"]
 
@@ -117,22 +123,90 @@ def run_sweep(
     HwsimError
         The store cannot be written, or a worker was killed again and again; what was computed before stays.
     """
-    folder = Path(folder)
-    grid = Grid(space)
-    workers = workers or os.cpu_count() or 1
-    wanted = len(grid) if numbers is None else len(numbers)
-    with_details = details == "all" or (details == "auto" and len(grid) <= _DETAIL_POINTS)
-    store = ResultStore(folder, flush_points=_TASK_POINTS)
-    pending = list(_pending(grid, store.keys(), numbers))
-    computed = sum(len(numbers) for numbers in pending)
-    if pending:
-        store.record_run(space.resolved())
-        tally = _Tally(grid, folder, pending, wanted, progress)
-        processes, light_inline = _processes(grid, pending, workers, folder)
-        with store, open_pool(processes, scheduler, workers, light_inline=light_inline) as pool:
-            _Sweep(grid, folder, store, pool, tally, with_details).run(pending)
-        store.compact()
-    return SweepResult(store, computed, wanted - computed)
+    with SweepRunner(space, folder, workers=workers, scheduler=scheduler, details=details) as runner:
+        return runner.evaluate(numbers, progress)
+
+
+class SweepRunner:
+    """Evaluates points of a space in batches; processes, cluster and store stay the same from the first to the last.
+
+    Use it as a context manager, and leave that after an error. Nothing is started before a batch needs it.
+
+    Parameters
+    ----------
+    space, folder, workers, scheduler, details
+        As of `run_sweep`.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        folder: str | Path,
+        *,
+        workers: int | None = None,
+        scheduler: str | None = None,
+        details: Details = "auto",
+    ) -> None:
+        self.folder = Path(folder)
+        self.grid = Grid(space)
+        self.store = ResultStore(self.folder, flush_points=_TASK_POINTS)
+        self._workers = workers or os.cpu_count() or 1
+        self._scheduler = scheduler
+        self._with_details = details == "all" or (details == "auto" and len(self.grid) <= _DETAIL_POINTS)
+        self._pool: Pool | None = None
+        self._open = ExitStack()
+        self._wrote = False
+
+    def __enter__(self) -> SweepRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+        if self._wrote and error is None:
+            self.store.compact()
+
+    def evaluate(
+        self,
+        numbers: NDArray[np.int64] | None = None,
+        progress: Callable[[SweepProgress], None] | None = None,
+    ) -> SweepResult:
+        """Evaluate every point, or some of them, that the store does not hold yet; on return all are on disk.
+
+        Parameters
+        ----------
+        numbers : int64 array, optional
+        progress : callable, optional
+            As of `run_sweep`.
+
+        Raises
+        ------
+        InputError, HwsimError
+            As `run_sweep`.
+        """
+        wanted = len(self.grid) if numbers is None else len(numbers)
+        pending = list(_pending(self.grid, self.store.keys(), numbers))
+        computed = sum(len(numbers) for numbers in pending)
+        if pending:
+            if not self._wrote:
+                self.store.record_run(self.grid.space.resolved())
+            self._wrote = True
+            tally = _Tally(self.grid, self.folder, pending, wanted, progress)
+            pool = self._pool_for(pending)
+            with self.store:
+                _Sweep(self.grid, self.folder, self.store, pool, tally, self._with_details).run(pending)
+        return SweepResult(self.store, computed, wanted - computed)
+
+    def _pool_for(self, pending: list[NDArray[np.int64]]) -> Pool:
+        """Processes or cluster where they are worth it; processes that are there for trainings leave evaluations here."""
+        evaluates = self._scheduler is not None or (self._workers > 1 and _is_large(self.grid, pending))
+        trains = any(_to_train(self.grid.point(int(numbers[0])), self.folder) for numbers in pending)
+        if not evaluates and not trains:
+            return inline_pool()
+        if self._pool is None:
+            self._pool = self._open.enter_context(open_pool(self._scheduler, self._workers))
+        return self._pool if evaluates else self._pool.evaluating_here()
 
 
 def _pending(grid: Grid, known: set[str], chosen: NDArray[np.int64] | None) -> Iterator[NDArray[np.int64]]:
@@ -157,14 +231,10 @@ def _groups(grid: Grid, chosen: NDArray[np.int64] | None) -> Iterator[NDArray[np
         yield from np.split(numbers, cuts)
 
 
-def _processes(grid: Grid, pending: list[NDArray[np.int64]], workers: int, folder: Path) -> tuple[int, bool]:
-    """How many processes are worth starting, 0 for none but this one; and whether they are for training only."""
-    trainings = sum(_to_train(grid.point(int(numbers[0])), folder) for numbers in pending)
+def _is_large(grid: Grid, pending: list[NDArray[np.int64]]) -> bool:
+    """Whether processes that evaluate are worth starting."""
     points = sum(len(numbers) for numbers in pending)
-    large = points / grid.machine_size >= _WORTH_PROCESSES or points >= _WORTH_POINTS
-    if workers > 1 and large:
-        return workers, False
-    return min(workers, trainings), True
+    return points / grid.machine_size >= _WORTH_PROCESSES or points >= _WORTH_POINTS
 
 
 def _to_train(point: Point, folder: Path) -> bool:
@@ -188,6 +258,7 @@ class _Sweep:
     ) -> None:
         self.grid, self.folder, self.store, self.pool, self.tally = grid, folder, store, pool, tally
         self.with_details = with_details
+        self.compiles: bool | None = None
         self.ready: deque[_Task] = deque()
         self.waiting: dict[str, list[_Task]] = {}
         self.running: dict[Future[Any], _Task] = {}
@@ -232,12 +303,24 @@ class _Sweep:
         trained = isinstance(task.point.weights, Training)
         if task.job == "evaluate":
             artifact = artifact_path(self.folder, task.point).read_bytes() if trained else None
-            self.tally.say(f"simulating {tasks.weights_text(task.point)}")
+            compiling = ", compiling kernels, once" if self._compiles_now() else ""
+            self.tally.say(f"simulating {tasks.weights_text(task.point)}{compiling}")
             return self.pool.submit_light(
                 tasks.evaluate, self.grid.space, task.numbers, artifact, self.with_details
             )
         dense = dense_path(self.folder, task.point).read_bytes() if task.job == "compress" else None
-        return self.pool.submit(tasks.train, task.job, task.point, dense)
+        return self.pool.submit(tasks.train, task.job, task.point, dense, self._state_of(task))
+
+    def _state_of(self, task: _Task) -> Path | None:
+        """Where an unfinished training is kept; None where it runs on machines that may not see the folder."""
+        key = task.point.dense_key if task.job == "dense" else task.point.training_key
+        return state_path(self.folder, key).absolute() if self.pool.is_here else None
+
+    def _compiles_now(self) -> bool:
+        """Whether the first result waits for the compiler, for most of a minute; of other machines nothing is known."""
+        if self.compiles is None:
+            self.compiles = self.pool.is_here and not are_compiled()
+        return self.compiles and not self.tally.simulated_points
 
     def _result(self, future: Future[Any], task: _Task) -> Any:
         try:
@@ -251,17 +334,22 @@ class _Sweep:
     def _finish(self, task: _Task, result: Any) -> None:
         if task.job == "evaluate":
             self.store.append_tables({name: tasks.decoded(stream) for name, stream in result.items()})
-            self.tally.simulated(len(task.numbers))
+            self.tally.simulated(len(task.numbers), f"simulating {tasks.weights_text(task.point)}")
             return
         text = tasks.weights_text(task.point)
         if task.job == "dense":
-            write_atomically(dense_path(self.folder, task.point), result)
+            self._keep(task, dense_path(self.folder, task.point), result)
             self.tally.trained(task.point.dense_key, text, None)
             self.ready.extend(self.waiting.pop(task.point.dense_key))
         else:
-            write_atomically(artifact_path(self.folder, task.point), result)
+            self._keep(task, artifact_path(self.folder, task.point), result)
             self.tally.trained(task.point.training_key, text, None)
             self._evaluate(task)
+
+    def _keep(self, task: _Task, path: Path, result: bytes) -> None:
+        write_atomically(path, result)
+        if state := self._state_of(task):
+            shutil.rmtree(state, ignore_errors=True)
 
     def _listen(self) -> None:
         latest: dict[str, tuple[str, Progress]] = {}
@@ -298,11 +386,13 @@ class _Tally:
 
     def trained(self, key: str, doing: str, update: Progress | None) -> None:
         """A training has come on; None where it is done."""
+        if key not in self.epochs:
+            return  # a last word about a training of the batch before
         self.doing = doing
         if update is None:
-            self.done[key] = self.epochs.get(key, 0)
+            self.done[key] = self.epochs[key]
         else:
-            before = self.epochs.get(key, 0) - update.epochs if update.phase == "retrain" else 0
+            before = self.epochs[key] - update.epochs if update.phase == "retrain" else 0
             self.done[key] = before + update.epoch - 1 + update.batch / update.batches
         self._tell()
 
@@ -310,7 +400,8 @@ class _Tally:
         self.doing = doing
         self._tell()
 
-    def simulated(self, points: int) -> None:
+    def simulated(self, points: int, doing: str) -> None:
+        self.doing = doing
         self.points_done += points
         self.simulated_points += points
         self._tell()

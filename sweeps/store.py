@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hwsim.errors import FormatError, HwsimError, InputError, Problem, nearest_name
 from hwsim.files import disk_errors, write_atomically
@@ -46,7 +47,7 @@ from sweeps.tables import DETAILS, EMPTY, TABLES, checked_table, concat, fit_tog
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SCHEMA_VERSION", "TABLES", "ResultStore"]
+__all__ = ["SCHEMA_VERSION", "TABLES", "PointReader", "ResultStore"]
 
 _ORDER = ("network", "block_rows", "block_columns", "pruned", "unified", "hold", "machine", "seed", "key")
 _PARTS_TO_MERGE = 64
@@ -468,3 +469,41 @@ class ResultStore:
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1).encode())
+
+
+class PointReader:
+    """Some columns of the points of a store, read as they come: a part that was read once is not read again.
+
+    Parameters
+    ----------
+    store : ResultStore
+    columns : sequence of str
+        Beside ``key``.
+    """
+
+    def __init__(self, store: ResultStore, columns: Sequence[str]) -> None:
+        self._store = store
+        self._columns = list(dict.fromkeys(["key", *columns]))
+        self._parts: dict[Path, pa.Table] = {}
+
+    def rows(self, keys: Sequence[str]) -> pa.Table:
+        """The points with these keys that are on disk now, in any order; a column that no part has is null.
+
+        Raises
+        ------
+        FormatError
+            A part is damaged or of another version.
+        """
+        self._store._undisturbed(self._read_new_parts)
+        wanted = pa.array(keys, pa.string())
+        found = [table.filter(pc.is_in(table["key"], wanted)) for table in self._parts.values()]
+        rows = concat([EMPTY["points"].select(["key"]), *found])
+        for name in self._columns:
+            if name not in rows.column_names:
+                rows = rows.append_column(name, pa.nulls(len(rows), pa.float64()))
+        return rows.select(self._columns)
+
+    def _read_new_parts(self) -> None:
+        paths = self._store.parts()
+        new = {path: read_part(path, self._columns) for path in paths if path not in self._parts}
+        self._parts = {path: self._parts[path] if path in self._parts else new[path] for path in paths}

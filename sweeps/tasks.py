@@ -55,8 +55,11 @@ def weights_text(point: Point) -> str:
     return f"{point.network} {point.block[0]}x{point.block[1]} p={point.pruned:g} u={point.unified:g}"
 
 
-def train(job: str, point: Point, dense: bytes | None) -> bytes:
-    """Train: the file of the uncompressed network (``job`` "dense"), or of the compressed one (from the file of the former)."""
+def train(job: str, point: Point, dense: bytes | None, resume_from: Path | None) -> bytes:
+    """Train: the file of the uncompressed network (``job`` "dense"), or of the compressed one (from the file of the former).
+
+    With ``resume_from``, a folder, a training that was stopped goes on from its last epoch, bit for bit.
+    """
     import torch
 
     # Batches this small gain little from a second thread, and lose ten times that where another process wants the core.
@@ -75,13 +78,13 @@ def train(job: str, point: Point, dense: bytes | None) -> bytes:
     with tempfile.TemporaryDirectory(prefix="hwsim-") as name:
         folder = Path(name)
         if job == "dense":
-            train_dense(folder, point, report)
+            train_dense(folder, point, report, resume_from)
             return dense_path(folder, point).read_bytes()
         assert dense is not None  # the runner trains it first
         path = dense_path(folder, point)
         path.parent.mkdir()
         path.write_bytes(dense)
-        train_point(folder, point, report)
+        train_point(folder, point, report, resume_from)
         return artifact_path(folder, point).read_bytes()
 
 

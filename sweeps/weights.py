@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ __all__ = [
     "images_of",
     "random_point_layers",
     "recipe_of",
+    "state_path",
     "train_dense",
     "train_point",
 ]
@@ -38,6 +40,14 @@ def dense_path(folder: Path, point: Point) -> Path:
 def artifact_path(folder: Path, point: Point) -> Path:
     """Where the compressed network of a point lies."""
     return folder / "artifacts" / f"{point.training_key}.hws.safetensors"
+
+
+def state_path(folder: Path, training: str) -> Path:
+    """Where the state of an unfinished training lies, a folder; ``training`` is its key.
+
+    With another version of torch the bits would be others, so the training starts anew.
+    """
+    return folder / "unfinished" / f"{training}-torch-{version('torch')}"
 
 
 def random_point_layers(point: Point) -> list[Layer]:
@@ -57,8 +67,13 @@ def random_point_layers(point: Point) -> list[Layer]:
     )
 
 
-def train_dense(folder: Path, point: Point, progress: Callable[[Progress], None] | None = None) -> None:
-    """Train the uncompressed network of a point and keep it, unless it is there."""
+def train_dense(
+    folder: Path,
+    point: Point,
+    progress: Callable[[Progress], None] | None = None,
+    resume_from: Path | None = None,
+) -> None:
+    """Train the uncompressed network of a point and keep it, unless it is there; a stopped training goes on."""
     path = dense_path(folder, point)
     if path.exists():
         return
@@ -77,13 +92,19 @@ def train_dense(folder: Path, point: Point, progress: Callable[[Progress], None]
         batch_size=training.batch_size,
         seed=point.seed,
         progress=progress,
+        resume_from=resume_from,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, Checkpoint(model, point.network, classes, point.seed, history, note_of(images)))
 
 
-def train_point(folder: Path, point: Point, progress: Callable[[Progress], None] | None = None) -> None:
-    """Compress the network of a point by ADMM and keep the artifact, unless it is there."""
+def train_point(
+    folder: Path,
+    point: Point,
+    progress: Callable[[Progress], None] | None = None,
+    resume_from: Path | None = None,
+) -> None:
+    """Compress the network of a point by ADMM and keep the artifact, unless it is there; a stopped run goes on."""
     path = artifact_path(folder, point)
     if path.exists():
         return
@@ -112,6 +133,7 @@ def train_point(folder: Path, point: Point, progress: Callable[[Progress], None]
         accumulator_bits=precision["accumulator_bits"],
         calibration_images=CALIBRATION_IMAGES,
         progress=progress,
+        resume_from=resume_from,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_artifact(path, artifact)

@@ -300,7 +300,7 @@ def parse_codesign_space(data: dict[str, Any], source: str) -> CoDesignSpace:
     InputError
         With every problem found; ``source`` stands in front.
     """
-    from compress.data import DATASETS
+    from compress.data import BY_NAME
 
     problems: list[Problem] = []
     space = None
@@ -310,9 +310,9 @@ def parse_codesign_space(data: dict[str, Any], source: str) -> CoDesignSpace:
         problems += error.problems
     training = data.get("training")
     dataset = training.get("dataset") if isinstance(training, dict) else None
-    if isinstance(dataset, str) and dataset not in DATASETS:
+    if isinstance(dataset, str) and dataset not in BY_NAME:
         problems.append(
-            Problem("training.dataset", f'unknown name "{dataset}"', nearest_name(dataset, DATASETS))
+            Problem("training.dataset", f'unknown name "{dataset}"', nearest_name(dataset, BY_NAME))
         )
     if problems or space is None:
         raise InputError(source, problems)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from sweeps.codesign.run import (
 from sweeps.codesign.settings import CoDesignSpace, Goal, machine_label
 from sweeps.codesign.uniform import best_uniform
 from sweeps.space import Point
-from sweeps.weights import dense_path, images_of, train_dense
+from sweeps.weights import dense_path, images_of, state_path, train_dense
 
 __all__ = ["METHODS", "Study", "collect", "dense_network", "run_study", "uniform"]
 
@@ -100,7 +101,9 @@ def dense_network(
                 now.epochs,
             )
 
-    train_dense(folder, point, progress)
+    state = state_path(folder, point.dense_key)
+    train_dense(folder, point, progress, state)
+    shutil.rmtree(state, ignore_errors=True)
     return load_checkpoint(dense_path(folder, point))
 
 

@@ -17,9 +17,10 @@ from sweeps.pareto import knee_rows
 from sweeps.runner import run_sweep
 from sweeps.search.outcome import Scale, found_front, history_plot, hypervolume_history
 from sweeps.search.proposals import SAMPLERS, Sampler
-from sweeps.search.question import Question
+from sweeps.search.question import Question, needed_columns
 from sweeps.search.run import SearchSettings, run_search, trials_of
 from sweeps.space import Space
+from sweeps.store import PointReader
 
 __all__ = ["GOAL", "LARGEST", "Proof", "enumerate_space", "prove"]
 
@@ -88,7 +89,8 @@ def enumerate_space(space: Space, folder: str | Path, question: Question) -> pd.
             f"space {space.name}", Problem("", f"{len(grid)} points to enumerate, at most {LARGEST}", hint)
         )
     store = run_sweep(space, folder, details="none").store
-    return trials_of(grid, np.arange(len(grid)), store, question)
+    points = PointReader(store, ["error", *needed_columns(question)])
+    return trials_of(grid, np.arange(len(grid)), points, question)
 
 
 def prove(

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hwsim.errors import InputError, Problem
 from sweeps.batch import Grid
-from sweeps.runner import SweepProgress, run_sweep
+from sweeps.runner import SweepProgress, SweepRunner
 from sweeps.search.proposals import UNFIT, History, Proposer, Sampler
 from sweeps.search.question import Question, needed_columns, with_derived
 from sweeps.space import Space
-from sweeps.store import ResultStore
+from sweeps.store import PointReader
 
 __all__ = ["Search", "SearchProgress", "SearchSettings", "run_search", "trials_of"]
 
@@ -139,40 +137,30 @@ def run_search(
             progress(SearchProgress(len(history.numbers) + done, evaluations, feasible, doing))
 
     tell()
-    while len(history.numbers) < evaluations:
-        asked = dict.fromkeys(proposer.ask(history))
-        numbers = np.array([number for number in asked if number not in history.rows], np.int64)
-        numbers = numbers[: evaluations - len(history.numbers)]
-        if len(numbers):
-            result = run_sweep(
-                space,
-                folder,
-                workers=workers,
-                scheduler=scheduler,
-                details="none",
-                numbers=numbers,
-                progress=tell if progress else None,
-            )
-            computed += result.computed
-            frames.append(trials_of(grid, numbers, result.store, question))
-            _remember(history, frames[-1], question)
-        proposer.tell(history)
+    with SweepRunner(space, folder, workers=workers, scheduler=scheduler, details="none") as runner:
+        points = PointReader(runner.store, ["error", *needed_columns(question)])
+        while len(history.numbers) < evaluations:
+            asked = dict.fromkeys(proposer.ask(history))
+            numbers = np.array([number for number in asked if number not in history.rows], np.int64)
+            numbers = numbers[: evaluations - len(history.numbers)]
+            if len(numbers):
+                computed += runner.evaluate(numbers, tell if progress else None).computed
+                frames.append(trials_of(grid, numbers, points, question))
+                _remember(history, frames[-1], question)
+            proposer.tell(history)
     tell()
     trials = pd.concat(frames, ignore_index=True)
     trials.insert(0, "evaluation", np.arange(1, len(trials) + 1))
     return Search(space, question, settings, trials, computed, len(trials) - computed)
 
 
-def trials_of(grid: Grid, numbers: NDArray[np.int64], store: ResultStore, question: Question) -> pd.DataFrame:
+def trials_of(
+    grid: Grid, numbers: NDArray[np.int64], points: PointReader, question: Question
+) -> pd.DataFrame:
     """The rows of `Search.trials` of some points that the store holds, in the order of ``numbers``."""
     keys = grid.keys(grid.codes(numbers))
-    whole = store.to_arrow()
-    rows = whole.filter(pc.is_in(whole["key"], pa.array(keys)))
-    names = ["key", "error", *needed_columns(question)]
-    missing = {name: pa.nulls(len(rows), pa.float64()) for name in names if name not in rows.column_names}
-    for name, column in missing.items():  # nothing has a value where no point fits its machine
-        rows = rows.append_column(name, column)
-    frame = with_derived(rows.select(names).to_pandas()).set_index("key").loc[keys].reset_index()
+    frame = with_derived(points.rows(keys).to_pandas()).drop_duplicates("key")
+    frame = frame.set_index("key").loc[keys].reset_index()
     violations = question.violations(frame)
     there = frame["error"].isna().to_numpy() & question.has_values(frame)
     violation = np.where(there, np.maximum(violations, 0.0).sum(axis=1), UNFIT)

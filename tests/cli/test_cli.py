@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from hwsim.cli import _COMMANDS, cli, main
+from hwsim.errors import InputError
 from sweeps.store import ResultStore
 
 HWSIM = [sys.executable, "-m", "hwsim"]
@@ -209,3 +210,31 @@ def test_main_turns_interrupts_into_130(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train lenet5 --data digts", "--data"),
+        ("codesign lenet5 --budget latency_us=5 --data digts", "--data"),
+        ("codesign lenet5 --budget latency_us=5 --space typo.toml", "training.dataset"),
+        ("codesign-study --runs runs --space typo.toml", "training.dataset"),
+        ("sweep typo-sweep.toml", "training.dataset"),
+    ],
+)
+def test_a_misspelt_data_set_names_its_option(
+    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("typo.toml").write_text(
+        'name = "typo"\nblocks = ["4x4"]\n[machine]\nbase = "msa-8x8"\n[training]\ndataset = "digts"\n'
+    )
+    Path("typo-sweep.toml").write_text(
+        'networks = ["lenet5"]\nblocks = ["4x4"]\nratios = [[0.5, 0.5]]\n[training]\ndataset = "digts"\n'
+    )
+    result = CliRunner().invoke(cli, command.split(), standalone_mode=False)
+    assert isinstance(result.exception, InputError)
+    text = str(result.exception)
+    assert all(part in text for part in (option, '"digts"', 'did you mean "digits"?')), text
+    assert ("typo" in text) == ("typo" in command), "the file, where a file says it"
+    assert list(tmp_path.glob("**/*.safetensors")) == []

@@ -95,6 +95,44 @@ def test_the_same_seed_gives_the_same_bits(digits: Dataset) -> None:
     assert not torch.equal(results[0][0], results[2][0])
 
 
+def test_a_stopped_training_goes_on_to_the_same_bits(digits: Dataset, tmp_path: Path) -> None:
+    """Stopped in the third epoch, then again in the fourth: weights, running statistics, losses and accuracies are the same."""
+
+    class Stop(Exception):
+        pass
+
+    def network() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            head = nn.Flatten(), nn.Dropout(0.2), nn.Linear(4 * 26 * 26, 10)
+            return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
+
+    def trained(folder: Path | None, stop_in: int = 99) -> tuple[nn.Module, tuple[Epoch, ...]]:
+        def stop(now: Progress) -> None:
+            begun.append(now.epoch)
+            if now.epoch == stop_in and now.batch == 2:
+                raise Stop
+
+        model = network()
+        return model, train(model, data, epochs=5, lr=2e-3, seed=4, progress=stop, resume_from=folder)
+
+    data = digits.subset(320, 100)
+    begun: list[int] = []
+    whole, history = trained(None)
+    for stop_in in (3, 4):
+        with pytest.raises(Stop):
+            trained(tmp_path, stop_in)
+    begun.clear()
+    resumed, again = trained(tmp_path)
+    assert min(begun) == 4
+    for name, values in whole.state_dict().items():
+        assert torch.equal(values, resumed.state_dict()[name]), name
+    told = [[(epoch.epoch, epoch.loss, epoch.test_accuracy) for epoch in one] for one in (history, again)]
+    assert told[0] == told[1]
+    with pytest.raises(InputError, match=r"training\.seed"):
+        train(resumed, data, epochs=5, lr=2e-3, seed=5, resume_from=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

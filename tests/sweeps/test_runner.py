@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -12,10 +13,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import safetensors.torch
+import torch
 
+from compress.fit import Progress
 from hwsim import simulate
+from hwsim.kernels import are_compiled
 from hwsim.layer import random_layers
 from hwsim.machine import load_machine
+from sweeps import tasks
+from sweeps.batch import Grid
 from sweeps.runner import SweepProgress, run_sweep
 from sweeps.space import Space, Training, load_space
 from sweeps.store import ResultStore
@@ -49,6 +56,27 @@ def test_every_point_once_and_nothing_twice(tmp_path: Path) -> None:
     assert frame["key"].is_unique
     assert frame["error"].isna().all()
     assert (frame["speedup_with_memory"] > 1).all()
+
+
+def test_the_bar_says_that_kernels_compile_until_the_first_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for compiled in (False, True):
+        seen: list[SweepProgress] = []
+        monkeypatch.setattr("sweeps.runner.are_compiled", lambda compiled=compiled: compiled)
+        run_sweep(random_space(), tmp_path / str(compiled), details="none", progress=seen.append)
+        told = [now.points_done for now in seen if "compiling kernels" in now.doing]
+        assert told == ([] if compiled else [0]), "before the first result, and only there"
+
+
+def test_what_is_compiled_is_known_from_the_files(tmp_path: Path) -> None:
+    """Kernels that ran in this process are kept; where the folder of the compiled ones is empty, none is."""
+    run_sweep(random_space(blocks=["4x4"], ratios=[[0.5, 0.5]]), tmp_path)
+    assert are_compiled()
+    command = [sys.executable, "-c", "from hwsim.kernels import are_compiled; print(are_compiled())"]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "empty")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_a_larger_space_computes_only_what_is_new(tmp_path: Path) -> None:
@@ -133,6 +161,41 @@ def test_one_training_serves_every_machine(tmp_path: Path) -> None:
     stamp = next((tmp_path / "artifacts").iterdir()).stat().st_mtime_ns
     assert run_sweep(wider, tmp_path, workers=1).computed == 1
     assert next((tmp_path / "artifacts").iterdir()).stat().st_mtime_ns == stamp
+
+
+def test_a_stopped_training_goes_on_from_its_last_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a worker does when it is told to stop, and when the task comes back."""
+    training = TINY.model_copy(update={"dense_epochs": 4, "train_images": 100})
+    point = Grid(random_space(random=None, training=training)).point(0)
+    seen: list[tuple[str, str, Progress]] = []
+    monkeypatch.setattr(tasks._Reporting, "send", staticmethod(seen.append))
+    whole = tasks.train("dense", point, None, None)
+    monkeypatch.setattr(tasks._Reporting, "stopped", staticmethod(lambda: len(seen) >= 4 + 2))
+    with pytest.raises(tasks.Stopped):
+        tasks.train("dense", point, None, tmp_path / "state")
+    seen.clear()
+    resumed = tasks.train("dense", point, None, tmp_path / "state")
+    assert [update.epoch for _, _, update in seen] == [3, 4]
+    tensors = [safetensors.torch.load(content) for content in (whole, resumed)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(values, tensors[1][name]) for name, values in tensors[0].items())
+
+
+def test_an_interrupted_sweep_keeps_the_state_of_its_training_until_it_is_done(tmp_path: Path) -> None:
+    training = TINY.model_copy(update={"dense_epochs": 3})
+    space = random_space(blocks=["4x4"], ratios=[[0.5, 0.5]], random=None, training=training)
+
+    def stop(now: SweepProgress) -> None:
+        if now.done >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(space, tmp_path, workers=1, progress=stop)
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1
+    assert run_sweep(space, tmp_path, workers=1).computed == 2
+    assert list((tmp_path / "unfinished").iterdir()) == []
 
 
 def test_a_damaged_artifact_is_an_error_not_a_result(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sweeps.runner
 from hwsim.cli import cli
 from hwsim.errors import InputError
 from sweeps.batch import Grid
@@ -32,6 +33,7 @@ from sweeps.search import (
     save_search,
 )
 from sweeps.search.outcome import Scale, hypervolume_history
+from sweeps.search.page import _across
 from sweeps.search.proof import enumerate_space, prove
 from sweeps.search.proposals import SAMPLERS, History, Proposer, Sampler
 from sweeps.search.surrogate import predict, promising
@@ -199,6 +201,28 @@ def test_killed_and_started_again(enumerated: Path, tmp_path: Path) -> None:
     assert "40" in query.output
 
 
+def test_one_pool_serves_the_whole_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches that train: their processes are started once, and the store's parts are merged at the end only."""
+    opened, merged = [], []
+    open_pool, compact = sweeps.runner.open_pool, ResultStore.compact
+
+    def counted(*arguments: object) -> object:
+        opened.append(arguments)
+        return open_pool(*arguments)
+
+    monkeypatch.setattr("sweeps.runner.open_pool", counted)
+    monkeypatch.setattr(ResultStore, "compact", lambda store: (merged.append(1), compact(store)))
+    training = {"dataset": "digits", "train_images": 100, "test_images": 50, "dense_epochs": 1}
+    training |= {"admm_epochs": 1, "retrain_epochs": 1}
+    space = small_space(random=None, training=training, machine={"base": "msa-8x8"}, blocks=["4x4"])
+    settings = SearchSettings("random", 3)
+    found = run_search(space, tmp_path, ask(space, ["latency_ms", "energy_pj"]), settings, workers=1)
+    assert found.computed == len(list((tmp_path / "artifacts").iterdir())) == 3
+    assert (len(opened), len(merged)) == (1, 1)
+    run_search(space, tmp_path, ask(space, ["latency_ms", "energy_pj"]), settings, workers=1)
+    assert (len(opened), len(merged)) == (1, 1), "nothing to train and nothing new: no pool, no merging"
+
+
 def test_the_proof_in_short(enumerated: Path) -> None:
     """A quarter of a small space; the long one is slow and fills docs/search.md."""
     space = small_space()
@@ -210,6 +234,34 @@ def test_the_proof_in_short(enumerated: Path) -> None:
     assert runs.loc["hybrid", "mean"] > runs.loc["random", "mean"]
     assert proof.runs["hypervolume_ratio"].le(1 + 1e-9).all()
     assert proof.points == 144
+
+
+def test_the_table_over_all_questions() -> None:
+    """A seed that misses the goal counts as a question that was not reached, however soon the others were."""
+
+    def runs(**to_goal: list[float]) -> pd.DataFrame:
+        rows = [
+            {
+                "sampler": name,
+                "evaluations_to_goal": points,
+                "hypervolume_ratio": 0.5 if np.isnan(points) else 0.99,
+            }
+            for name, several in to_goal.items()
+            for points in several
+        ]
+        return pd.DataFrame(rows)
+
+    nan = float("nan")
+    text = _across(
+        [
+            runs(hybrid=[10, 20, 30], tpe=[5, 15, 90]),
+            runs(hybrid=[10, 20, nan], tpe=[50, 60, 70]),
+            runs(hybrid=[10, 20, 30], tpe=[1, 2, nan]),
+        ]
+    )
+    assert "All 3 questions" in text
+    assert "| hybrid | 2 of 3 | – | 0.5000 |" in text
+    assert "| tpe | 2 of 3 | 2 | 0.5000 |" in text
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import sweeps.parts
 import sweeps.store
 from hwsim.errors import FormatError, HwsimError, InputError
-from sweeps.store import TABLES, ResultStore
+from sweeps.store import TABLES, PointReader, ResultStore
 
 
 def rows_of(number: int) -> dict[str, list[dict[str, object]]]:
@@ -389,6 +389,38 @@ def test_parts_are_merged_as_they_come(tmp_path, monkeypatch):
             append(store, number)
     assert_holds(tmp_path, range(19))
     assert len(parts(tmp_path)) == 4, "one of sixteen points and three of one"
+
+
+def test_a_reader_reads_every_part_once(tmp_path, monkeypatch):
+    """What others write and merge meanwhile included; the rows are those of the whole table."""
+    read = []
+    read_part = sweeps.store.read_part
+
+    def noted(path, columns=None):
+        if columns != ["key"]:
+            read.append(path)
+        return read_part(path, columns)
+
+    monkeypatch.setattr(sweeps.store, "read_part", noted)
+    store = ResultStore(tmp_path)
+    reader = PointReader(store, ["latency_cycles", "error", "missing"])
+    assert reader.rows(["p0"]).num_rows == 0
+    for batch in range(3):
+        with ResultStore(tmp_path) as other:
+            other.append([{"key": f"p{2 * batch + i}", "latency_cycles": 10 * batch + i} for i in range(2)])
+        found = reader.rows(["p0", f"p{2 * batch + 1}", "stranger"])
+        assert found.column_names == ["key", "latency_cycles", "error", "missing"]
+        expected = {("p0", 0), (f"p{2 * batch + 1}", 10 * batch + 1)}
+        assert (
+            set(zip(*(found[name].to_pylist() for name in ("key", "latency_cycles")), strict=True))
+            == expected
+        )
+        assert found["missing"].null_count == found.num_rows
+    assert len(read) == len(set(read)) == 3
+    ResultStore(tmp_path).compact()
+    read.clear()
+    assert reader.rows([f"p{i}" for i in range(6)]).num_rows == 6
+    assert len(read) == 1, "the merged part"
 
 
 def test_large_parts_are_left_alone(tmp_path, monkeypatch):
