@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.loop import Precision
     from compress.one_shot.network import OneShotProgress
     from compress.rules import CompressionConfig, Recipe
+    from hwsim.errors import Problem
 
 __all__ = ["compress", "load_images", "pack", "train"]
 
@@ -264,9 +265,10 @@ def compress(
     from compress.artifact import save_artifact
     from compress.budget import as_budget
     from compress.cli_hardware import parse_block
-    from compress.cli_networks import compress_untrained, is_untrained, parse_shape
+    from compress.cli_networks import compress_untrained, is_untrained, parse_shape, untrained_problems
     from compress.container import check_writable
     from compress.file_budget import compress_within
+    from compress.integer import width_problems
     from compress.one_shot import OneShotRecipe
     from compress.parallel import choose_device, processes
     from compress.train import load_checkpoint
@@ -275,20 +277,28 @@ def compress(
 
     # The library logs the warnings that are printed at the end; without a handler Python would print them twice.
     logging.getLogger("compress").addHandler(logging.NullHandler())
-    if max_loss is not None and preset is None:
-        raise InputError("options", Problem("max_loss", "needs a preset", "add --preset small"))
-    where = choose_device(device)
-    if is_untrained(str(model)):
-        _check_untrained(settings, max_loss, inputs, one_shot, allocation)
-    else:
-        _check_trained(model, inputs, input_shape)
+    untrained = is_untrained(str(model))
     wanted = as_budget(budget)
     shapes = [parse_block(block) for block in blocks]
-    _check_choices(budget, len(shapes), one_shot, settings)
+    problems = [
+        *(
+            untrained_problems(_given_options(), one_shot, allocation, inputs)
+            if untrained
+            else _trained_problems(model, inputs, input_shape)
+        ),
+        *(_one_shot_problems(device, settings) if one_shot or untrained else ()),
+        *_choice_problems(budget, len(shapes), settings),
+        *width_problems(activation_bits),
+    ]
+    if max_loss is not None and preset is None and not untrained:
+        problems.append(Problem("max_loss", "needs a preset", "add --preset small"))
+    if problems:
+        raise InputError("options", problems)
+    where = choose_device(device)
     if wanted is not None:
         settings |= {"pruned": None, "unified": None}
     plan, recipe = _settings(config, {**settings, "block": shapes[0] if shapes else None, "seed": seed})
-    if is_untrained(str(model)):
+    if untrained:
         with _layer_bar() as progress:
             compress_untrained(
                 str(model),
@@ -368,10 +378,20 @@ def compress(
     )
 
 
-def _check_trained(model: Path, inputs: Path | None, input_shape: str | None) -> None:
-    """The file is there, and no option is given that only other networks know."""
+def _given_options() -> set[str]:
+    """Names of the parameters that stand on the command line; the others have their defaults."""
+    from click.core import ParameterSource
+
+    context = click.get_current_context()
+    return {
+        name for name in context.params if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+
+
+def _trained_problems(model: Path, inputs: Path | None, input_shape: str | None) -> list[Problem]:
+    """A file that is not there, and options that only other networks know."""
     from compress.pretrained.catalog import PRETRAINED
-    from hwsim.errors import InputError, Problem, nearest_name
+    from hwsim.errors import Problem, nearest_name
 
     given = {"--inputs": inputs, "--input-shape": input_shape}
     problems = [
@@ -383,40 +403,7 @@ def _check_trained(model: Path, inputs: Path | None, input_shape: str | None) ->
         hint = nearest_name(str(model), PRETRAINED) if len(model.parts) == 1 else ""
         hint = hint or "hwsim train writes one; hwsim models lists networks with weights"
         problems.insert(0, Problem("MODEL", f"{model}: no such file", hint))
-    if problems:
-        raise InputError("options", problems)
-
-
-def _check_untrained(
-    settings: dict[str, Any],
-    max_loss: float | None,
-    inputs: Path | None,
-    one_shot: bool,
-    allocation: str | None,
-) -> None:
-    """Options that need training data or labels, or calibration inputs that are not there."""
-    from compress.rules import Recipe
-    from hwsim.errors import InputError, Problem
-
-    given = {name: settings[name] for name in Recipe.model_fields if settings.get(name) is not None}
-    given |= {"max_loss": max_loss, "allocation fisher": True if allocation == "fisher" else None}
-    problems = [
-        Problem(
-            f"--{name.replace('_', '-')}",
-            "does not apply to a network that is compressed in one shot without labels",
-            "leave it out",
-        )
-        for name, value in given.items()
-        if value is not None
-    ]
-    real = {"one-shot": one_shot, "allocation hessian": allocation == "hessian"}
-    problems += [
-        Problem(f"--{name}", "needs calibration inputs", "add --inputs FILE.npy")
-        for name, is_given in real.items()
-        if is_given and inputs is None
-    ]
-    if problems:
-        raise InputError("options", problems)
+    return problems
 
 
 TRAINING_OPTIONS = (
@@ -433,27 +420,34 @@ TRAINING_OPTIONS = (
 )
 
 
-def _check_choices(budget: str | None, blocks: int, one_shot: bool, settings: dict[str, Any]) -> None:
+def _choice_problems(budget: str | None, blocks: int, settings: dict[str, Any]) -> list[Problem]:
     """Options that say the same thing twice."""
-    from hwsim.errors import InputError, Problem
+    from hwsim.errors import Problem
 
-    ratios = [name for name in ("pruned", "unified") if settings[name] is not None]
     problems = []
     if budget is not None:
         problems += [
             Problem(f"--{name}", "a budget decides the ratios itself", "give one of the two")
-            for name in ratios
-        ]
-    if one_shot:
-        problems += [
-            Problem(f"--{name.replace('_', '-')}", "is of training, --one-shot does none", "leave it out")
-            for name in TRAINING_OPTIONS
+            for name in ("pruned", "unified")
             if settings[name] is not None
         ]
     if budget is None and blocks > 1:
         problems.append(Problem("--block", "several shapes are chosen from by --budget only", "give one"))
-    if problems:
-        raise InputError("options", problems)
+    return problems
+
+
+def _one_shot_problems(device: str, settings: dict[str, Any]) -> list[Problem]:
+    """What only training knows: its options, and GPUs."""
+    from hwsim.errors import Problem
+
+    problems = [
+        Problem(f"--{name.replace('_', '-')}", "is of training, one shot does none", "leave it out")
+        for name in TRAINING_OPTIONS
+        if settings[name] is not None
+    ]
+    if device not in ("auto", "cpu"):
+        problems.append(Problem("--device", "one shot runs on the CPU", "leave it out"))
+    return problems
 
 
 @click.command(

@@ -12,11 +12,21 @@ if TYPE_CHECKING:
 
     from compress.artifact import Artifact
     from compress.rules import CompressionConfig
+    from hwsim.errors import Problem
 
-__all__ = ["compress_untrained", "is_untrained", "models", "parse_shape"]
+__all__ = ["compress_untrained", "is_untrained", "models", "parse_shape", "untrained_problems"]
 
 RANDOM_INPUTS = 4
 """Calibration inputs where the user gives none."""
+
+_OF_IMAGES = {
+    "data": "--inputs FILE.npy gives calibration inputs",
+    "train_images": "--inputs FILE.npy gives calibration inputs",
+    "test_images": "leave it out: nothing is measured here",
+    "calibration_images": "all of --inputs FILE.npy are used",
+    "max_loss": "leave it out",
+}
+"""Options that mean labelled images, and what to do in place of each."""
 
 
 @click.command(epilog="Example: hwsim models efficientnet-lite0")
@@ -88,6 +98,37 @@ def is_untrained(model: str) -> bool:
     from compress.pretrained.catalog import PRETRAINED
 
     return Path(model).suffix == ".onnx" or (model in PRETRAINED and not Path(model).exists())
+
+
+def untrained_problems(
+    given: set[str], one_shot: bool, allocation: str | None, inputs: Path | None
+) -> list[Problem]:
+    """Options that need labelled images, or calibration inputs that are not there.
+
+    Parameters
+    ----------
+    given : set of str
+        Parameters of the command that stand on the command line.
+    one_shot : bool
+    allocation : str, optional
+    inputs : Path, optional
+    """
+    from hwsim.errors import Problem
+
+    problems = [
+        Problem(f"--{name.replace('_', '-')}", "a network without training data has no labelled images", hint)
+        for name, hint in _OF_IMAGES.items()
+        if name in given
+    ]
+    if allocation == "fisher":
+        problems.append(Problem("--allocation fisher", "needs labels", "--allocation hessian needs none"))
+    needs_inputs = {"one-shot": one_shot, "allocation hessian": allocation == "hessian"}
+    problems += [
+        Problem(f"--{name}", "needs calibration inputs", "add --inputs FILE.npy")
+        for name, is_given in needs_inputs.items()
+        if is_given and inputs is None
+    ]
+    return problems
 
 
 def compress_untrained(

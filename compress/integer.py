@@ -577,7 +577,7 @@ def _float64(values: object, count: int, default: float) -> NDArray[np.float64]:
 _INPUT_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 
 
-def width_problems(activation_bits: int, accumulator_bits: int) -> list[Problem]:
+def width_problems(activation_bits: int, accumulator_bits: int = 32) -> list[Problem]:
     """Widths of number formats that no machine has."""
     return [
         Problem(field, f"{value}, must lie in {least} to {most}")

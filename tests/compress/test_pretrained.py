@@ -106,8 +106,12 @@ def test_the_command_lists_them() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--epochs-admm", "2"], "--epochs-admm: does not apply"),
-        (["--allocation", "fisher"], "without labels"),
+        (["--epochs-admm", "2"], "--epochs-admm: is of training, one shot does none"),
+        (["--allocation", "fisher"], "needs labels (--allocation hessian needs none)"),
+        (["--max-loss", "0.1"], "--max-loss: a network without training data has no labelled images"),
+        (["--device", "cuda"], "--device: one shot runs on the CPU"),
+        (["--activation-bits", "99"], "activation_bits: 99, must lie in 2 to 16"),
+        (["--activation-bits", "1"], "activation_bits: 1, must lie in 2 to 16"),
         (
             ["--allocation", "hessian"],
             "--allocation hessian: needs calibration inputs (add --inputs FILE.npy)",
@@ -119,6 +123,19 @@ def test_the_command_lists_them() -> None:
 def test_options_that_need_what_is_not_there_are_refused(options: list[str], said: str) -> None:
     done = CliRunner().invoke(cli, ["compress", "crepe-tiny", *options])
     assert said in str(done.exception)
+
+
+def test_options_of_labelled_images_are_refused_all_at_once() -> None:
+    """Also with the values that are the defaults: who gives one means something by it."""
+    given = {"data": "fashion-mnist", "train-images": "9", "test-images": "9", "calibration-images": "512"}
+    options = [part for name, value in given.items() for part in (f"--{name}", value)]
+    done = CliRunner().invoke(
+        cli, ["compress", "crepe-tiny", *options, "--one-shot", "--activation-bits", "0"]
+    )
+    assert isinstance(done.exception, InputError)
+    fields = [problem.field for problem in done.exception.problems]
+    assert fields == [*(f"--{name}" for name in given), "--one-shot", "activation_bits"]
+    assert "--inputs FILE.npy gives calibration inputs" in str(done.exception)
 
 
 def test_a_network_by_name_is_compressed_and_simulated(tmp_path: Path) -> None:
