@@ -437,7 +437,7 @@ def _choice_problems(budget: str | None, blocks: int, settings: dict[str, Any]) 
 
 
 def _one_shot_problems(device: str, settings: dict[str, Any]) -> list[Problem]:
-    """What only training knows: its options, and GPUs."""
+    """What only training knows: its options, GPUs, several processes."""
     from hwsim.errors import Problem
 
     problems = [
@@ -447,6 +447,9 @@ def _one_shot_problems(device: str, settings: dict[str, Any]) -> list[Problem]:
     ]
     if device not in ("auto", "cpu"):
         problems.append(Problem("--device", "one shot runs on the CPU", "leave it out"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        hint = "start hwsim by itself"
+        problems.append(Problem("torchrun", "started several processes, one shot runs in one", hint))
     return problems
 
 

@@ -414,6 +414,16 @@ def test_one_shot_takes_no_options_of_training(tmp_path: Path, dense: Path) -> N
     assert [problem.field for problem in error.problems] == ["--epochs-admm", "--lr"]
 
 
+def test_one_shot_is_one_process_on_the_cpu(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    error = error_of(compress, dense, *ONE_SHOT, "--device", "cuda", "--out", tmp_path / "a")
+    assert isinstance(error, InputError)
+    assert [problem.field for problem in error.problems] == ["--device", "torchrun"]
+
+
 def test_the_file_of_one_shot_keeps_its_budget(tmp_path: Path, dense: Path) -> None:
     path, state = tmp_path / "model", tmp_path / "state"
     options = [*ONE_SHOT, "--budget", "file_bytes=15000", "--checkpoint", state, "--out", path]
