@@ -22,7 +22,7 @@ from compress.one_shot import one_shot as run_one_shot
 from compress.plain import PlainNetwork, to_plain
 from compress.rebuild import make_artifact
 from compress.rules import CompressionConfig, Plan, Recipe, plan_layers
-from compress.shapes import matrix_work, module_name
+from compress.shapes import evaluation_mode, matrix_work, module_name
 from hwsim.errors import InputError, Problem
 from hwsim.layer import LayerShape
 
@@ -120,10 +120,10 @@ def compress_network(
     samples = [(batch, batch) for batch in inputs.split(batch_size)]  # nothing here looks at targets
 
     def run(lowered: nn.Module, aim: Budget | None, place: Path | None) -> Artifact:
-        lowered.eval()
-        plan = plan_layers(lowered, config)
-        if allocation is not None or aim is not None or blocks:
-            plan = allocate(lowered, samples, config, budget=aim, method=allocation, blocks=blocks)
+        with evaluation_mode(lowered):
+            plan = plan_layers(lowered, config)
+            if allocation is not None or aim is not None or blocks:
+                plan = allocate(lowered, samples, config, budget=aim, method=allocation, blocks=blocks)
         result: CompressionResult | OneShotResult
         if train_data is None:
             result = run_one_shot(
@@ -140,6 +140,7 @@ def compress_network(
                 progress=progress,
                 checkpoint=place,
             )
+        lowered.eval()
         integer = (activation_bits, accumulator_bits)
         made = _packed(
             lowered, result, inputs, integer, batch_size, evaluate, network, recipe.seed, plain, notes

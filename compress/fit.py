@@ -169,6 +169,7 @@ class _Trainer:
     device: torch.device
     teacher: _Teacher | None
     recipe: Recipe
+    frozen: Mapping[str, nn.Module]
 
     def _loss(self, outputs: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = self.loss_fn(outputs, targets)
@@ -197,6 +198,8 @@ class _Trainer:
     ) -> None:
         """One pass over the data; ``lr`` and ``after_step`` get the batch's number, counted from 0."""
         self.model.train()
+        for module in self.frozen.values():
+            module.training = False
         hint = "lower the learning rate or rho; check the inputs for NaN"
         losses = LossLog(self.device, f"{phase} epoch {epoch}", hint)
         for number, (inputs, targets, weight) in enumerate(_shares(self.batches)):
@@ -237,7 +240,9 @@ def compress(
     Parameters
     ----------
     model : nn.Module
-        Trained; in float32. Changed in place; its weights end as exactly ``integer · step size``.
+        Trained; in float32. Changed in place; its weights end as exactly ``integer · step size``. Modules in evaluation mode
+        inside a network in training mode stay in it, so that frozen normalisation keeps its statistics; where the network
+        itself is in evaluation mode, all of it trains. Afterwards every module is in the mode that it came in.
     config : CompressionConfig or Plan
         A plan for this very model, such as `compress.allocate.allocate` gives.
     train_data : tuple of two Tensors, or an iterable of batches with a length
@@ -290,6 +295,7 @@ def compress(
     batches = _batches(train_data, recipe)
     device = _device(model)
     modes = [(module, module.training) for module in model.modules()]
+    frozen = _frozen(model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         here = ranks()
         # Dropout differs between the processes; the order of the data has a generator of its own.
@@ -297,11 +303,11 @@ def compress(
         same_start(model)
         _check_share(batches)
         try:
-            keeper = _Keeper.start(checkpoint, model, plan, recipe, batches, train_data)
+            keeper = _Keeper.start(checkpoint, model, plan, recipe, batches, train_data, frozen)
             permutation = _permute(model, plan, batches, device)
             teacher = _teacher(model, recipe)
             report = progress if here.is_main else None
-            trainer = _Trainer(model, batches, loss_fn, report, device, teacher, recipe)
+            trainer = _Trainer(model, batches, loss_fn, report, device, teacher, recipe, frozen)
             if "dense" not in keeper.accuracies:
                 keeper.accuracies["dense"] = _evaluate(model, evaluate)
             admm = _run_admm(trainer, plan, recipe, keeper)
@@ -355,6 +361,11 @@ def _new_order(batches: Batches, epoch: int) -> None:
         sampler.set_epoch(epoch)
 
 
+def _frozen(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that the user holds in evaluation mode, by name; a network that is in it as a whole holds none."""
+    return {name: part for name, part in model.named_modules() if model.training and not part.training}
+
+
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
@@ -395,6 +406,7 @@ class _Keeper:
         recipe: Recipe,
         batches: Batches,
         train_data: Batches | tuple[Tensor, Tensor],
+        frozen: Mapping[str, nn.Module],
     ) -> _Keeper:
         """Before anything of the model has changed."""
         if folder is None:
@@ -409,6 +421,7 @@ class _Keeper:
             "torch": torch.__version__,
             "device": _device(model).type,
             "processes": ranks().size,
+            **({"frozen": list(frozen)} if frozen else {}),
         }
         found = read_run(folder, identity)
         check_same_run(Path(folder), found)

@@ -539,10 +539,34 @@ def test_adjusted_types_are_what_is_retrained():
     check_invariants(result.plan, result.layers)
 
 
-def test_every_module_is_left_in_its_own_mode():
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).train()
-    model[1].eval()
+def normalised():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("modes", "moves"),
+    [((True, False), False), ((True, True), True), ((False, False), True)],
+    ids=["frozen inside", "training", "evaluation as a whole"],
+)
+def test_normalisation_moves_unless_the_user_froze_it(modes, moves):
+    model = normalised().train(modes[0])
+    model[1].train(modes[1])
     config = CompressionConfig(block=(2, 2), exempt_first_last=False)
-    recipe = Recipe(epochs_admm=0, epochs_retrain=1)
-    compress(model, config, (torch.randn(16, 8), torch.arange(16) % 4), recipe)
-    assert [module.training for module in model] == [True, False, True]
+    recipe = Recipe(epochs_admm=1, epochs_retrain=1)
+    inputs = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)) + 3
+    compress(model, config, (inputs, torch.arange(16) % 4), recipe, evaluate=lambda _: 0.0)
+    assert bool((model[1].running_mean != 0).any()) == moves
+    assert int(model[1].num_batches_tracked) == 2 * moves
+    assert [module.training for module in model.modules()] == [modes[0], modes[0], modes[1], modes[0]]
+
+
+def test_a_run_goes_on_with_the_same_modules_frozen(tmp_path):
+    config = CompressionConfig(block=(2, 2), exempt_first_last=False)
+    arguments = config, (torch.randn(16, 8), torch.arange(16) % 4), Recipe(epochs_admm=1, epochs_retrain=0)
+    compress(normalised(), *arguments, checkpoint=tmp_path)
+    model = normalised()
+    model[1].eval()
+    with pytest.raises(InputError, match="frozen"):
+        compress(model, *arguments, checkpoint=tmp_path)
