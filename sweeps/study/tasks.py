@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress import zoo
 from compress.data import Dataset, load_dataset
+from compress.pretrained.crepe import PITCHES
 from compress.shapes import evaluation_mode
 from compress.train import evaluate
 from hwsim.errors import InputError, Problem, nearest_name
@@ -182,25 +183,25 @@ def autoencoder(seed: int) -> nn.Module:
 
     Source of upsampling before a convolution: Odena, Dumoulin, Olah, "Deconvolution and Checkerboard Artifacts", Distill 2016.
     """
-    layers: list[tuple[str, nn.Module]] = [
-        ("conv1", nn.Conv2d(1, 32, 3, stride=2, padding=1)),
-        ("relu1", nn.ReLU()),
-        ("conv2", nn.Conv2d(32, 64, 3, stride=2, padding=1)),
-        ("relu2", nn.ReLU()),
-        ("flatten", nn.Flatten()),
-        ("encode", nn.Linear(64 * 49, 64)),
-        ("decode", nn.Linear(64, 64 * 49)),
-        ("relu3", nn.ReLU()),
-        ("unflatten", nn.Unflatten(1, (64, 7, 7))),
-        ("up1", nn.Upsample(scale_factor=2)),
-        ("conv3", nn.Conv2d(64, 32, 3, padding=1)),
-        ("relu4", nn.ReLU()),
-        ("up2", nn.Upsample(scale_factor=2)),
-        ("conv4", nn.Conv2d(32, 1, 3, padding=1)),
-    ]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(OrderedDict(layers))
+        torch.manual_seed(seed)  # before the layers: they draw their weights as they are made
+        layers = OrderedDict(
+            conv1=nn.Conv2d(1, 32, 3, stride=2, padding=1),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            encode=nn.Linear(64 * 49, 64),
+            decode=nn.Linear(64, 64 * 49),
+            relu3=nn.ReLU(),
+            unflatten=nn.Unflatten(1, (64, 7, 7)),
+            up1=nn.Upsample(scale_factor=2),
+            conv3=nn.Conv2d(64, 32, 3, padding=1),
+            relu4=nn.ReLU(),
+            up2=nn.Upsample(scale_factor=2),
+            conv4=nn.Conv2d(32, 1, 3, padding=1),
+        )
+    return nn.Sequential(layers)
 
 
 # --- tones
@@ -269,7 +270,7 @@ _ALL = (
         loss=pitch.pitch_loss,
         distance=pitch.teacher_distance,
         qualities=_pitch_quality,
-        classes=pitch.BINS,
+        classes=PITCHES,
         pretrained="crepe-tiny.safetensors",
     ),
 )

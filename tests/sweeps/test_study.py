@@ -21,8 +21,10 @@ from scipy import stats
 from compress import zoo
 from compress.artifact import load_artifact
 from compress.fit import Progress
+from compress.pretrained.crepe import PITCHES
 from hwsim.cli import cli
 from hwsim.errors import FormatError, InputError
+from sweeps.cli_study import study
 from sweeps.statistics import T_975, estimate, paired_difference
 from sweeps.study import catalogue, pitch, report, runner, tasks
 from sweeps.study.catalogue import STUDIES
@@ -314,13 +316,13 @@ def test_tones_have_the_pitch_that_they_are_said_to_have() -> None:
     inputs, targets = pitch.tones(40, seed=3)
     assert torch.equal(inputs, pitch.tones(40, seed=3)[0])
     assert not torch.equal(inputs, pitch.tones(40, seed=4)[0])
-    frames = inputs[:, 0].double().numpy()
+    frames = inputs.double().numpy()
     np.testing.assert_allclose(frames.std(axis=1), 1, rtol=1e-4)
     # The spectrum has its energy at multiples of the fundamental: more than around points half way between them.
     times = np.arange(1024) / pitch.SAMPLE_RATE_HZ
     window = np.hanning(1024)
     better = 0
-    for frame, cents in zip(frames, targets[:, pitch.BINS].double().numpy(), strict=True):
+    for frame, cents in zip(frames, targets[:, PITCHES].double().numpy(), strict=True):
         fundamental = 10 * 2 ** (cents / 1200)
         energy = [
             abs(np.sum(window * frame * np.exp(-2j * math.pi * f * times)))
@@ -332,22 +334,29 @@ def test_tones_have_the_pitch_that_they_are_said_to_have() -> None:
 
 def test_perfect_answers_are_all_right_and_a_semitone_off_all_wrong() -> None:
     _, targets = pitch.tones(50, seed=1)
-    logits = torch.logit(targets[:, : pitch.BINS].clamp(1e-6, 1 - 1e-6))
+    logits = torch.logit(targets[:, :PITCHES].clamp(1e-6, 1 - 1e-6))
     assert pitch.pitch_accuracy(logits, targets) == 1.0
     assert pitch.pitch_accuracy(logits.roll(5, dims=1), targets) == 0.0
 
 
-def test_crepe_takes_frames_and_refuses_other_files(tmp_path: Path) -> None:
-    assert pitch.crepe_tiny(0)(torch.zeros(2, 1, 1024)).shape == (2, 360)
+@pytest.mark.parametrize("task", ["autoencoder", "crepe"])
+def test_a_seed_decides_the_weights_and_nothing_else_does(task: str) -> None:
+    one, again, other = (tasks.find_task(task).build(seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(values, again[name]) for name, values in one.items())
+    assert not all(torch.equal(values, other[name]) for name, values in one.items())
+
+
+def test_crepe_is_the_one_network_before_its_sigmoid(tmp_path: Path) -> None:
+    mine = pitch.crepe_tiny(0).eval()
+    published = zoo.build("crepe-tiny", PITCHES, 1).eval()
+    published.load_state_dict(mine.state_dict())
+    frames = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(published(frames), mine(frames).sigmoid())
     path = tmp_path / "tiny.pth"
-    torch.save({"conv1.weight": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="conv1"):
-        pitch.read_crepe(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(InputError, match=r"tiny\.pth"):
-        pitch.read_crepe(path)
-    with pytest.raises(InputError, match="--crepe"):
-        tasks.pretrained_path(tmp_path, find_task("crepe"))
+    done = CliRunner().invoke(study, ["generality", "--folder", str(tmp_path), "--crepe", str(path)])
+    assert isinstance(done.exception, InputError)
+    assert "no wheel" in str(done.exception)
 
 
 # --- statistics
