@@ -176,12 +176,13 @@ def one_shot(
         order = _execution(model, plan, batches[0])
         seen, held_out = _split(batches, recipe.held_out if recipe.method == "hessian" else 0.0)
         judge = _Judge.of(model, held_out) if held_out else None
+        observer = _Observer(model, original, seen)
         layers: dict[str, CompressedLayer] = {}
         errors, warnings = [], []
         for number, step in enumerate(order, 1):
             done = files.read(number, step.layer, step.norm)
             if done is None:
-                done = _compress_layer(step, model, original, seen, judge, recipe)
+                done = _compress_layer(step, observer, judge, recipe)
                 files.write(number, step.layer, step.norm, *done)
             layers[step.layer.name], error = done
             if error is not None:
@@ -239,13 +240,15 @@ def _identity(
 class _Step:
     """A layer, how often a forward pass runs it, and the batch normalisation that reads its outputs, if it is the only one.
 
-    ``uses`` is 0 where the layer cannot be observed; ``reason`` then says why.
+    ``uses`` is 0 where the layer cannot be observed; ``reason`` then says why. Steps of one ``source`` see the same inputs, as
+    query, key and value of an attention do.
     """
 
     layer: PlannedLayer
     uses: int
     norm: nn.Module | None
     reason: str = ""
+    source: tuple[int, int] | None = None
 
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -256,6 +259,8 @@ def _execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[_Step]:
     uses: dict[str, int] = {}
     norms: dict[str, nn.Module] = {}
     outputs: list[tuple[str, Tensor]] = []
+    # Held, so that no other tensor gets the identity of one; the version tells what was changed in place.
+    sources: dict[str, list[tuple[Tensor, int]]] = {}
     seen = {layer.name: layer.module for layer in plan.layers if is_observable(layer.module)}
     followers = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
 
@@ -263,6 +268,7 @@ def _execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[_Step]:
         if name in seen and module is seen[name]:
             uses[name] = uses.get(name, 0) + 1
             outputs.append((name, out))
+            sources.setdefault(name, []).append((inputs, inputs._version))
         elif isinstance(module, _NORMS) and module.track_running_stats:
             norms.update({layer: module for layer, held in outputs if held is inputs})
 
@@ -275,7 +281,11 @@ def _execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[_Step]:
         # Statistics shared by several layers, or a layer with several outputs, have no single shift.
         alone = norm is not None and readers.count(id(norm)) == 1 and uses[layer.name] == 1
         reason = "it never runs" if is_observable(layer.module) else "its inputs cannot be observed"
-        steps[layer.name] = _Step(layer, uses.get(layer.name, 0), norm if alone else None, reason)
+        read = [(id(held), version) for held, version in sources.get(layer.name, [])]
+        # Other than a Linear, a layer cuts its inputs up in its own way.
+        is_plain = len(read) == 1 and isinstance(layer.module, nn.Linear) and not alone
+        source = read[0] if is_plain else None
+        steps[layer.name] = _Step(layer, uses.get(layer.name, 0), norm if alone else None, reason, source)
     return [steps[name] for name in uses] + [step for step in steps.values() if not step.uses]
 
 
@@ -421,13 +431,24 @@ def _observe(
     )
 
 
+@dataclass(eq=False)
+class _Observer:
+    """What reached each layer; what the last one saw is kept for the next that sees the same."""
+
+    model: nn.Module
+    original: nn.Module
+    batches: Sequence[Tensor]
+    last: tuple[tuple[int, int] | None, _Observed] | None = None
+
+    def look(self, step: _Step, weight: Tensor) -> _Observed:
+        if self.last is None or step.source is None or self.last[0] != step.source:
+            self.last = None  # one Hessian at a time
+            self.last = step.source, _observe(step, self.model, self.original, self.batches, weight)
+        return self.last[1]
+
+
 def _compress_layer(
-    step: _Step,
-    model: nn.Module,
-    original: nn.Module,
-    batches: Sequence[Tensor],
-    judge: _Judge | None,
-    recipe: OneShotRecipe,
+    step: _Step, observer: _Observer, judge: _Judge | None, recipe: OneShotRecipe
 ) -> tuple[CompressedLayer, LayerError | None]:
     """The integers of a layer; weight, bias and following normalisation of the model are changed to match."""
     layer = step.layer
@@ -439,7 +460,7 @@ def _compress_layer(
     if not is_fitted:
         parameter.copy_(dequantize(plain, layer.weight_shape))
         return plain, None
-    observed = _observe(step, model, original, batches, weight)
+    observed = observer.look(step, weight)
     has_bias = layer.module._parameters.get("bias") is not None
     takes_shift = recipe.refit_bias and (has_bias or step.norm is not None)
     fitted = observed.centred() if takes_shift else observed
@@ -448,11 +469,11 @@ def _compress_layer(
     compressed = quantized(layer, solution.form, quadratic)
     if judge is not None:
         parameter.copy_(dequantize(plain, layer.weight_shape))
-        lost_plain = judge.loss(model)
+        lost_plain = judge.loss(observer.model)
     parameter.copy_(dequantize(compressed, layer.weight_shape))
     around = {name: values.clone() for name, values in surroundings(layer, step.norm).items()}
     _match_statistics(step, observed, weight, _matrix(layer, compressed), recipe)
-    if judge is not None and judge.loss(model) > lost_plain:
+    if judge is not None and judge.loss(observer.model) > lost_plain:
         compressed = plain
         parameter.copy_(dequantize(compressed, layer.weight_shape))
         for name, values in surroundings(layer, step.norm).items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,42 @@ def test_layers_run_twice_or_never() -> None:
     assert result.warnings == ("spare: it never runs; its weights are projected as they are",)
     expected = project_to_counts(spare, (2, 2), *result.plan.layers[2].counts)
     assert torch.equal(torch.from_numpy(result.layers["spare"].types), expected.types)
+
+
+class Readers(nn.Module):
+    """Three layers that read one tensor, and a fourth that reads it after it was changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.late = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 1.5 * x
+        mixed = self.q(x) * self.k(x) + self.v(x)
+        x.relu_()
+        return mixed + self.late(x)
+
+
+def test_layers_that_read_the_same_inputs_share_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original, inputs = Readers().eval(), torch.randn(64, 12)
+    observe, looked = module._observe, []
+
+    def count(step: module._Step, *arguments: object) -> module._Observed:
+        looked.append(step.layer.name)
+        return observe(step, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "_observe", count)
+    shared = one_shot(copy.deepcopy(original), inputs, ALL)
+    assert looked == ["q", "late"]
+    look = module._Observer.look
+    monkeypatch.setattr(
+        module._Observer, "look", lambda self, step, weight: look(self, replace(step, source=None), weight)
+    )
+    alone = one_shot(copy.deepcopy(original), inputs, ALL)
+    assert looked == ["q", "late", "q", "k", "v", "late"]
+    assert shared.errors == alone.errors
 
 
 def test_it_is_reproducible_and_leaves_the_random_state() -> None:
