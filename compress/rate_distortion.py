@@ -31,6 +31,7 @@ __all__ = [
     "coarsen_within",
     "refit_biases",
     "round_biases",
+    "round_to_step",
     "set_weights",
 ]
 
@@ -244,13 +245,66 @@ def coarsen(
             rounding = _round(values, grid.points, grid.zero, multiplier, bits)
             target[mask] = grid.integers[rounding.indices]
             new_step = grid.step
-    signs = weights.signs
-    if is_unified.any():
-        signs = signs * expand_blocks(torch.from_numpy(magnitudes > 0), block, m, k).numpy()
-    coarse = QuantizedWeights(
-        integers, signs, magnitudes, weight_bits, magnitude_bits, float(np.float32(new_step))
-    )
+    return _with_integers(layer, integers, magnitudes, new_step, weight_bits, magnitude_bits)
+
+
+def _with_integers(
+    layer: CompressedLayer,
+    dense: NDArray[np.int16],
+    magnitudes: NDArray[np.uint16],
+    step: float,
+    weight_bits: int,
+    magnitude_bits: int,
+) -> CompressedLayer:
+    """The layer with other integers; a block whose magnitude is 0 has positive signs."""
+    _, m, k = dense.shape
+    signs = layer.weights.signs * expand_blocks(torch.from_numpy(magnitudes > 0), layer.block, m, k).numpy()
+    coarse = QuantizedWeights(dense, signs, magnitudes, weight_bits, magnitude_bits, float(np.float32(step)))
     return replace(layer, weights=coarse)
+
+
+def round_to_step(
+    layer: CompressedLayer, step: float, *, weight_bits: int | None = None, magnitude_bits: int | None = None
+) -> CompressedLayer:
+    """The layer with every weight and magnitude at the nearest multiple of a step: no calibration, no thought of the rate.
+
+    Parameters
+    ----------
+    layer : CompressedLayer
+        Its effective weights are what is approximated. A requantiser is dropped, since it was made for other integers.
+    step : float
+        Positive. Where the largest value would not fit the bits, the smallest step at which it does.
+    weight_bits, magnitude_bits : int
+        Of the new integers; as before where left out.
+
+    Raises
+    ------
+    InputError
+        A step that is not positive.
+    """
+    if not 0 < step < np.inf:
+        raise InputError("round", Problem("step", f"{step}, must be positive and finite"))
+    weights = layer.weights
+    ranges = (
+        weight_range(weight_bits or weights.weight_bits),
+        magnitude_range(magnitude_bits or weights.magnitude_bits),
+    )
+    exact = [values * float(np.float32(weights.step_size)) for values in (weights.dense, weights.magnitudes)]
+    least = max(
+        float(np.abs(values).max(initial=0.0)) / high for values, (_, high) in zip(exact, ranges, strict=True)
+    )
+    step = float(np.float32(max(step, least)))
+    dense, magnitudes = (
+        np.rint(values / step).clip(*bounds) for values, bounds in zip(exact, ranges, strict=True)
+    )
+    return _with_integers(
+        layer,
+        dense.astype(np.int16),
+        magnitudes.astype(np.uint16),
+        step,
+        weight_bits or weights.weight_bits,
+        magnitude_bits or weights.magnitude_bits,
+    )
 
 
 _Chosen = tuple[_Grid, Array] | None

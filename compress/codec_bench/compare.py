@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from compress import zoo
+from compress.codec import encode_network
 from compress.codec_bench import peer_nncodec, worker
 from compress.codec_bench.networks import (
     EXACT_BITS,
     Problem,
+    Rounding,
     block_compressed,
     densities,
     packaged_weights,
@@ -33,12 +35,7 @@ from compress.curvature import Curvature, curvatures
 from compress.data import Dataset, load_dataset
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize
-from compress.rate_distortion import (
-    coarsen,
-    coarsen_network,
-    refit_biases,
-    round_biases,
-)
+from compress.rate_distortion import coarsen, refit_biases, round_biases, set_weights
 from compress.train import Checkpoint, evaluate, load_checkpoint, note_of, save_checkpoint, train
 from hwsim.errors import InputError
 from hwsim.errors import Problem as Fault
@@ -56,11 +53,12 @@ ROWS = (
 RATIOS = ((0.5, 0.5), (0.75, 0.25))
 """Pruned and unified shares of the packaged networks."""
 
-QP_ACCURACY = tuple(range(-34, -11, 2))
+QP_ACCURACY = tuple(range(-34, -9))
 QP_ERROR = (-38, -32, -26)
 
 LOST_POINTS = 0.1
-"""NNCodec's file is its smallest whose validation accuracy is at most so many points below the weights as given."""
+"""NNCodec's file is its smallest whose validation accuracy is at most so many points below the weights as given; ours is the
+smallest that is at least as accurate there as NNCodec's."""
 
 MARGIN_POINTS = 1.0
 """With refitted biases ours must be so many points above NNCodec's on the validation images, since both were selected there."""
@@ -193,18 +191,19 @@ def _accuracy_row(
             "quality": "accuracy",
             "given": _percent(model, images.test),
         }
-        least = alone = _percent(model, images.validation) - LOST_POINTS
+        least = _percent(model, images.validation) - LOST_POINTS
         if nncodec is not None:
             peer = _best_of_nncodec(nncodec, problem, model, images, least, Path(folder))
             row["nncodec"] = peer
-            least = peer["chosen"]["validation"] + MARGIN_POINTS
+            least = peer["chosen"]["validation"]
         found = {
-            "ours": _our_best(problem, model, images, alone),
-            "ours_refitted": _our_best_refitted(problem, model, images, least),
+            "ours": _our_best(problem, model, images, least),
+            "ours_refitted": _our_best_refitted(problem, model, images, least + MARGIN_POINTS),
         }
         for key, point in found.items():
             if point is not None:
-                measured = _measure_ours(point.pop("problem"), point["multiplier"], 8, REPEATS, Path(folder))
+                rounding = Rounding(**point["rounding"])
+                measured = _measure_ours(point.pop("problem"), rounding, 8, REPEATS, Path(folder))
                 row[key] = point | measured
     return row
 
@@ -223,32 +222,52 @@ def _best_of_nncodec(
         with np.load(folder / f"qp{point['qp']}.npz", allow_pickle=False) as stored:
             decoded.load_state_dict({key: torch.from_numpy(stored[key]) for key in stored.files})
         point["validation"] = _percent(decoded, images.validation)
-    enough = [point for point in points if point["validation"] >= least] or [
-        max(points, key=lambda point: point["validation"])
-    ]
-    chosen = min(enough, key=lambda point: point["size_bytes"])
+    chosen = _smallest(points, least)
     with np.load(folder / f"qp{chosen['qp']}.npz", allow_pickle=False) as stored:
         decoded.load_state_dict({key: torch.from_numpy(stored[key]) for key in stored.files})
     chosen["accuracy"] = _percent(decoded, images.test)
     return {"chosen": chosen, "points": points}
 
 
+def step_of(qp: int) -> float:
+    """NNCodec's step at a qp; with ``use_dq=False`` it rounds every weight to the nearest multiple, to the bit (tested).
+
+    Source: ISO/IEC 15938-17, with ``qp_density`` 2, the default of NNCodec.
+
+    >>> step_of(-14), step_of(-16)
+    (0.09375, 0.0625)
+    """
+    return (4 + qp % 4) * 2.0 ** (qp // 4 - 2)
+
+
 def _our_best(problem: Problem, model: nn.Module, images: _Images, least: float) -> dict[str, Any]:
-    """Ours at every multiplier, and the coarsest that is good enough on the validation images: NNCodec's own rule."""
-    points = []
-    for multiplier in MULTIPLIERS:
-        tried, _ = _coarse(problem, model, multiplier)
-        points.append({"multiplier": multiplier, "validation": _percent(tried, images.validation)})
-    enough = [point for point in points if point["validation"] >= least] or [
-        max(points, key=lambda point: point["validation"])
-    ]
-    chosen = max(enough, key=lambda point: point["multiplier"])
-    tried, _ = _coarse(problem, model, chosen["multiplier"])
+    """Ours at every λ and at every step of NNCodec's, and the smallest file that is good enough on the validation images."""
+    kinds = {"loss and rate": MULTIPLIERS, "one step": tuple(map(step_of, QP_ACCURACY))}
+    points: list[dict[str, Any]] = []
+    for rounding in (Rounding(kind, value) for kind, values in kinds.items() for value in values):
+        tried, layers = _coarse(problem, model, rounding)
+        points.append(
+            {
+                "rounding": asdict(rounding),
+                "size_bytes": len(encode_network(layers, problem.weight_shapes, _biases(tried), "small")),
+                "validation": _percent(tried, images.validation),
+            }
+        )
+    chosen = _smallest(points, least)
+    tried, _ = _coarse(problem, model, Rounding(**chosen["rounding"]))
     return chosen | {
         "accuracy": _percent(tried, images.test),
         "problem": replace(problem, state=_biases(tried)),
         "points": points,
     }
+
+
+def _smallest(points: list[dict[str, Any]], least: float) -> dict[str, Any]:
+    """The smallest file that is good enough on the validation images; where none is, the most accurate one."""
+    enough = [point for point in points if point["validation"] >= least]
+    if enough:
+        return min(enough, key=lambda point: point["size_bytes"])
+    return max(points, key=lambda point: point["validation"])
 
 
 def _our_best_refitted(
@@ -258,7 +277,8 @@ def _our_best_refitted(
     best, low, high = None, -1, len(MULTIPLIERS)
     while high - low > 1:
         middle = (low + high) // 2
-        tried, layers = _coarse(problem, model, MULTIPLIERS[middle])
+        rounding = Rounding("loss and rate", MULTIPLIERS[middle])
+        tried, layers = _coarse(problem, model, rounding)
         refit_biases(tried, layers, *images.calibration)
         validation = _percent(tried, images.validation)
         if validation < least:
@@ -266,7 +286,7 @@ def _our_best_refitted(
             continue
         low = middle
         best = {
-            "multiplier": MULTIPLIERS[middle],
+            "rounding": asdict(rounding),
             "validation": validation,
             "accuracy": _percent(tried, images.test),
             "problem": replace(problem, state=_biases(tried)),
@@ -275,13 +295,14 @@ def _our_best_refitted(
 
 
 def _coarse(
-    problem: Problem, model: nn.Module, multiplier: float
+    problem: Problem, model: nn.Module, rounding: Rounding
 ) -> tuple[nn.Module, dict[str, CompressedLayer]]:
     """A copy of the network with coarser weights of 8 bits and rounded biases."""
     tried = copy.deepcopy(model)
-    layers = coarsen_network(
-        tried, problem.layers, problem.curvature, multiplier, weight_bits=8, magnitude_bits=8
-    )
+    layers = {
+        name: rounding.of_layer(layer, problem.curvature[name], 8) for name, layer in problem.layers.items()
+    }
+    set_weights(tried, layers)
     round_biases(tried, layers)
     return tried, layers
 
@@ -319,7 +340,8 @@ def _error_rows(
                     target = point["snr_db"] = _snr_db(given, {key: stored[key] for key in stored.files})
                 row["nncodec"] = {"chosen": point}
             found = _at_least(problem, given, target)
-            measured = _measure_ours(problem, found["multiplier"], EXACT_BITS, 1, folder)
+            rounding = Rounding("loss and rate", found["multiplier"])
+            measured = _measure_ours(problem, rounding, EXACT_BITS, 1, folder)
             row["ours"] = found | measured
             rows.append(row)
     return rows
@@ -377,13 +399,13 @@ def _run_nncodec(
 
 
 def _measure_ours(
-    problem: Problem, multiplier: float, bits: int, repeats: int, folder: Path
+    problem: Problem, rounding: Rounding, bits: int, repeats: int, folder: Path
 ) -> dict[str, Any]:
     """Both presets, measured in a process of its own."""
     save_problem(folder / "problem.npz", problem)
     job = {
         "problem": str(folder / "problem.npz"),
-        "multiplier": multiplier,
+        "rounding": asdict(rounding),
         "bits": bits,
         "repeats": repeats,
     }

@@ -18,11 +18,13 @@ from compress.layers import CompressedLayer
 from compress.pretrained.loading import read_tensors
 from compress.projection import project
 from compress.quantize import dequantize, quantize_blocks
+from compress.rate_distortion import coarsen, round_to_step
 from hwsim.errors import InputError
 
 __all__ = [
     "EXACT_BITS",
     "Problem",
+    "Rounding",
     "block_compressed",
     "densities",
     "load_problem",
@@ -65,6 +67,27 @@ class Problem:
         return 4 * (
             sum(map(math.prod, self.weight_shapes.values())) + sum(v.size for v in self.state.values())
         )
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How ours chooses the integers of a file: by loss and rate, or to one step for all layers, as NNCodec does.
+
+    Attributes
+    ----------
+    kind : {"loss and rate", "one step"}
+    value : float
+        λ of `compress.rate_distortion.coarsen`, or the step of `compress.rate_distortion.round_to_step`.
+    """
+
+    kind: str
+    value: float
+
+    def of_layer(self, layer: CompressedLayer, curvature: Curvature, bits: int) -> CompressedLayer:
+        """The layer in integers of so many bits."""
+        if self.kind == "one step":
+            return round_to_step(layer, self.value, weight_bits=bits, magnitude_bits=bits)
+        return coarsen(layer, curvature, self.value, weight_bits=bits, magnitude_bits=bits)
 
 
 def densities(shapes: Mapping[str, tuple[int, ...]], kept: float) -> dict[str, float]:

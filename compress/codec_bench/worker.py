@@ -13,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 from compress.codec_bench.peer_nncodec import memory_kib
 
 if TYPE_CHECKING:
-    from compress.codec_bench.networks import Problem
+    from compress.codec_bench.networks import Problem, Rounding
     from compress.layers import CompressedLayer
 
 
 class _Coarse(Mapping[str, "CompressedLayer"]):
     """Layers that are made coarse as the encoder comes to them."""
 
-    def __init__(self, problem: Problem, multiplier: float, bits: int) -> None:
-        self._problem, self._multiplier, self._bits = problem, multiplier, bits
+    def __init__(self, problem: Problem, rounding: Rounding, bits: int) -> None:
+        self._problem, self._rounding, self._bits = problem, rounding, bits
 
     def __getitem__(self, name: str) -> CompressedLayer:
-        from compress.rate_distortion import coarsen
-
-        layer, curvature = self._problem.layers[name], self._problem.curvature[name]
-        return coarsen(layer, curvature, self._multiplier, weight_bits=self._bits, magnitude_bits=self._bits)
+        return self._rounding.of_layer(self._problem.layers[name], self._problem.curvature[name], self._bits)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._problem.layers)
@@ -40,15 +37,14 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Coarsen, encode and decode with every preset of a job; gives one result each."""
     import torch
 
-    import compress.rate_distortion  # noqa: F401  (its import is no part of the encoder's memory)
     from compress.artifact import matrix_to_weight
     from compress.codec import encode_network, open_network
-    from compress.codec_bench.networks import load_problem
+    from compress.codec_bench.networks import Rounding, load_problem
 
     torch.set_num_threads(1)
     imports_kib = memory_kib("VmRSS")
     problem = load_problem(job["problem"])
-    coarse = _Coarse(problem, job["multiplier"], job["bits"])
+    coarse = _Coarse(problem, Rounding(**job["rounding"]), job["bits"])
     results = []
     for preset in ("small", "fast"):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.cli_codec import codec_bench
+from compress.codec import encode_network
 from compress.codec_bench import compare
 from compress.codec_bench.networks import (
     Problem,
+    Rounding,
     block_compressed,
     densities,
     load_problem,
@@ -81,7 +83,8 @@ def test_ours_is_measured_and_its_error_is_the_one_asked_for(tmp_path: Path) -> 
     given = problem()
     found = compare._at_least(given, given.weights(), 25.0)
     assert 25.0 <= found["snr_db"] < 27.0
-    measured = compare._measure_ours(given, found["multiplier"], 16, 1, tmp_path)
+    rounding = Rounding("loss and rate", found["multiplier"])
+    measured = compare._measure_ours(given, rounding, 16, 1, tmp_path)
     assert set(measured) == {"small", "fast"}
     for result in measured.values():
         assert 100 < result["size_bytes"] < 2000
@@ -97,6 +100,29 @@ def test_ours_is_measured_and_its_error_is_the_one_asked_for(tmp_path: Path) -> 
     assert len(table) == 4
     assert all(line.count("|") == 9 for line in table)
     assert f"| {measured['small']['size_bytes']:,} | {found['snr_db']:.2f} dB |" in table[2]
+
+
+def test_the_smallest_good_enough_file_is_chosen() -> None:
+    points = [
+        {"validation": validation, "size_bytes": size}
+        for validation, size in ((50.0, 90), (49.0, 60), (48.0, 20))
+    ]
+    assert compare._smallest(points, 48.5)["size_bytes"] == 60
+    assert compare._smallest(points, 49.0)["size_bytes"] == 60  # equal is enough
+    assert compare._smallest(points, 49.1)["size_bytes"] == 90
+    assert compare._smallest(points, 51.0)["size_bytes"] == 90  # none is: the most accurate
+
+
+def test_one_step_is_what_a_worker_encodes(tmp_path: Path) -> None:
+    """The file of another process has the bytes that the choice was made by."""
+    given = problem()
+    rounding = Rounding("one step", 0.25)
+    layers = {
+        name: rounding.of_layer(layer, given.curvature[name], 8) for name, layer in given.layers.items()
+    }
+    content = encode_network(layers, given.weight_shapes, given.state, "small")
+    measured = compare._measure_ours(given, rounding, 8, 1, tmp_path)
+    assert measured["small"]["size_bytes"] == len(content)
 
 
 def test_a_python_without_nncodec_is_named(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from compress.rate_distortion import (
     coarsen_within,
     refit_biases,
     round_biases,
+    round_to_step,
 )
 from compress.rules import CompressionConfig, Recipe
 from hwsim.errors import InputError
@@ -118,6 +119,31 @@ def test_a_multiplier_must_be_positive(multiplier: float) -> None:
     layer = make_layer("fc", 1, 4, 4, (4, 4), (0, 0, 1), 0)
     with pytest.raises(InputError, match="multiplier"):
         coarsen(layer, Curvature.constant(1, 4, 4), multiplier)
+
+
+@settings(deadline=None, max_examples=40)
+@given(LAYERS, st.floats(1e-6, 10), st.integers(2, 8), st.integers(2, 8))
+def test_rounding_to_a_step_is_nearest_and_never_clips(
+    layer: CompressedLayer, factor: float, weight_bits: int, magnitude_bits: int
+) -> None:
+    asked = factor * layer.weights.step_size
+    found = round_to_step(layer, asked, weight_bits=weight_bits, magnitude_bits=magnitude_bits)
+    step, exact = found.weights.step_size, weights_of(layer)
+    assert step >= np.float32(asked)
+    assert np.array_equal(found.types, layer.types)
+    assert (np.abs(weights_of(found) - exact) <= 0.5 * step * (1 + 1e-5) + 1e-6 * np.abs(exact)).all()
+    # A larger step than asked for is the smallest at which the largest value fits its bits.
+    highs = ((1 << (weight_bits - 1)) - 1, (1 << magnitude_bits) - 1)
+    tops = np.abs(found.weights.dense).max(initial=0), found.weights.magnitudes.max(initial=0)
+    if step > np.float32(asked):
+        assert any(top == high for top, high in zip(tops, highs, strict=True))
+
+
+def test_a_step_must_be_positive() -> None:
+    layer = make_layer("fc", 1, 4, 4, (4, 4), (0, 0, 1), 0)
+    for step in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="step"):
+            round_to_step(layer, step)
 
 
 # --- networks
