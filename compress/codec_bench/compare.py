@@ -230,9 +230,10 @@ def _best_of_nncodec(
 
 
 def step_of(qp: int) -> float:
-    """NNCodec's step at a qp; with ``use_dq=False`` it rounds every weight to the nearest multiple, to the bit (tested).
+    """NNCodec's step at a qp; with ``use_dq=False`` every weight becomes the nearest multiple of it.
 
-    Source: ISO/IEC 15938-17, with ``qp_density`` 2, the default of NNCodec.
+    Source: ISO/IEC 15938-17, with ``qp_density`` 2, the default of NNCodec. Weights that 2.1.3 decoded at qp -26, -21, -19,
+    -16, -14 and -11 were such multiples to the bit.
 
     >>> step_of(-14), step_of(-16)
     (0.09375, 0.0625)
