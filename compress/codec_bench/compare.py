@@ -304,7 +304,8 @@ def _coarse(
         name: rounding.of_layer(layer, problem.curvature[name], 8) for name, layer in problem.layers.items()
     }
     set_weights(tried, layers)
-    round_biases(tried, layers)
+    # Plain rounding is there for what it makes of the weights by chance; its biases stay all but as they are.
+    round_biases(tried, layers, 12 if rounding.kind == "loss and rate" else 16)
     return tried, layers
 
 

@@ -53,7 +53,7 @@ class OneShotRecipe(BaseModel):
     method: Literal["hessian", "projection"] = "hessian"
     target: Literal["network", "layer"] = "network"
     damping: Annotated[float, Field(gt=0, le=1e3)] = 0.01
-    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.25
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.125
     norm: Literal["diagonal", "euclidean"] = "diagonal"
     rho: Annotated[float, Field(gt=0, le=1e6)] = 0.1
     max_iterations: Annotated[int, Field(strict=True, ge=0, le=10_000)] = 200
