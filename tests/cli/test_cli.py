@@ -162,7 +162,13 @@ def test_ctrl_c_in_the_middle_of_a_sweep_keeps_what_was_done(tmp_path: Path) -> 
     )
     command = [*HWSIM, "sweep", "space.toml", "--out", "out"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell has its background jobs ignore the signal, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     for line in process.stderr:  # a part is done, the rest is not: the sweep is in its middle

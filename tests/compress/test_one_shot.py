@@ -226,7 +226,7 @@ def test_batches_of_any_size_give_the_same_errors() -> None:
     """Without ADMM: sums in another order may send its signs another way."""
     found = []
     for inputs, size in ((samples(), 96), (list(samples().split(5)), 1), (samples(), 7)):
-        recipe = OneShotRecipe(max_iterations=0, sign_turns=0, batch_size=size)
+        recipe = OneShotRecipe(max_iterations=0, sign_turns=0, batch_size=size, held_out=0.0)
         found.append([each.reached_percent for each in one_shot(network(), inputs, ALL, recipe).errors])
     assert found[1] == pytest.approx(found[0], rel=0.02)
     assert found[2] == pytest.approx(found[0], rel=0.02)
