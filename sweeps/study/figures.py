@@ -49,7 +49,8 @@ def tradeoff_plot(rows: Sequence[Row], name: str, title: str) -> Plot | None:
     first = [row.run.shape for row in rows if row.run.shape][:1] or [""]
     of_methods = data[data["block"].isin(["", *first])]
     of_shapes = data[data["method"].isin([METHODS[name].label for name in ("joint", "budget")])]
-    panels = [("methods", of_methods)]
+    blocks = f", {first[0].replace('x', '×')} blocks" if first[0] else ""
+    panels = [(f"methods{blocks}", of_methods)]
     if of_shapes["block"].nunique() > 1:
         panels.append(("block shapes", of_shapes))
     with style():
@@ -61,7 +62,7 @@ def tradeoff_plot(rows: Sequence[Row], name: str, title: str) -> Plot | None:
             if dense is not None:
                 label = f"dense, fp32 (n = {dense.n})"
                 axes.axhline(dense.mean, color=NEUTRAL, linestyle="--", label=label)
-            axes.set_title(f"{about}{f', {first[0]} blocks' if about == 'methods' and first[0] else ''}")
+            axes.set_title(about)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         figure.axes[0].set_ylabel("accuracy (%)")
     counts = sorted(set(data["n"]))
