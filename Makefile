@@ -1,7 +1,7 @@
 # make demo [QUICK=1]   set up, then train, compress, simulate, sweep and plot on real images
 # make test             set up, then the tests; where root may install it, with a browser for those of the report page
 # make test-slow        the tests that take minutes
-# make verify           the RTL against the simulator: 1,140 random layers on 19 machines
+# make verify           the RTL against the simulator: 1,120 random layers on 19 machines
 # make bench            the benchmarks
 # make performance      measure points per second anew: docs/performance.md
 # make search-proof     enumerate a space and search it anew: docs/search.md

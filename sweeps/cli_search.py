@@ -280,5 +280,5 @@ def _write_page(groups: Sequence[tuple[Space, Sequence[Proof]]], seeds: int, out
 
     for _, proofs in groups:
         for proof in proofs:
-            save_plot(proof.plot, out.parent / "images")
+            save_plot(proof.plot, out.parent / "images", ("png",))
     write_atomically(out, page(groups, seeds).encode())

@@ -304,8 +304,7 @@ def _coarse(
         name: rounding.of_layer(layer, problem.curvature[name], 8) for name, layer in problem.layers.items()
     }
     set_weights(tried, layers)
-    # Plain rounding is there for what it makes of the weights by chance; its biases stay all but as they are.
-    round_biases(tried, layers, 12 if rounding.kind == "loss and rate" else 16)
+    round_biases(tried, layers, rounding.bias_fraction_bits)
     return tried, layers
 
 

@@ -83,6 +83,11 @@ class Rounding:
     kind: str
     value: float
 
+    @property
+    def bias_fraction_bits(self) -> int:
+        """Plain rounding is there for what it makes of the weights by chance; its biases stay all but as they are."""
+        return 16 if self.kind == "one step" else 12
+
     def of_layer(self, layer: CompressedLayer, curvature: Curvature, bits: int) -> CompressedLayer:
         """The layer in integers of so many bits."""
         if self.kind == "one step":

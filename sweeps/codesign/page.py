@@ -194,9 +194,7 @@ def write_page(study: Mapping[str, Any], path: Path) -> list[Path]:
     """
     rows = study["rows"]
     plot = study_plot(rows)
-    image = save_plot(plot, path.parent / "images")
-    for kind in ("pdf", "csv"):
-        image[kind].unlink()  # the numbers are in the page's own file
+    image = save_plot(plot, path.parent / "images", ("png",))
     write_atomically(path, _text(study, plot).encode())
     return [path, image["png"]]
 

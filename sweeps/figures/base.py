@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,8 @@ from sweeps.summary import identity_columns
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.figure import Figure
+
+Kind = Literal["png", "pdf", "csv"]
 
 __all__ = [
     "CONFIGURATION",
@@ -87,27 +89,36 @@ class Plot:
         return f"<figure>{image}<figcaption><b>{title}.</b> {caption}</figcaption></figure>"
 
 
-def save_plot(plot: Plot, folder: str | Path) -> dict[str, Path]:
+def save_plot(
+    plot: Plot, folder: str | Path, kinds: Sequence[Kind] = ("png", "pdf", "csv")
+) -> dict[Kind, Path]:
     """Write ``<name>.png`` (300 dpi), ``<name>.pdf`` (vector, text stays text) and ``<name>.csv``.
+
+    Parameters
+    ----------
+    plot : Plot
+    folder : path
+    kinds : sequence of {"png", "pdf", "csv"}
+        What is written; ``("png",)`` for a page that holds the numbers itself.
 
     Returns
     -------
     dict
-        Paths by ``"png"``, ``"pdf"``, ``"csv"``.
+        Paths by kind.
 
     Raises
     ------
     HwsimError
         The disk is full or the folder cannot be written.
     """
-    content = {
-        "png": _rendered(plot, "png", {"Software": None}),
-        "pdf": _rendered(plot, "pdf", {"CreationDate": None, "ModDate": None}),
-        "csv": plot.data.to_csv(index=False).encode(),
+    content: dict[Kind, Callable[[], bytes]] = {
+        "png": lambda: _rendered(plot, "png", {"Software": None}),
+        "pdf": lambda: _rendered(plot, "pdf", {"CreationDate": None, "ModDate": None}),
+        "csv": lambda: plot.data.to_csv(index=False).encode(),
     }
-    paths = {suffix: Path(folder) / f"{plot.name}.{suffix}" for suffix in content}
-    for suffix, path in paths.items():
-        write_atomically(path, content[suffix])
+    paths = {kind: Path(folder) / f"{plot.name}.{kind}" for kind in kinds}
+    for kind, path in paths.items():
+        write_atomically(path, content[kind]())
     return paths
 
 

@@ -34,13 +34,13 @@ def tradeoff_plot(rows: Sequence[Row], name: str, title: str) -> Plot | None:
             "method": METHODS[row.run.method].label,
             "block": row.run.shape,
             "point": row.run.point,
-            "file_kilobytes": row.file_bytes.mean / 1000,
+            "file_kilobytes": row.mean_bytes / 1000,
             "accuracy_percent": row.quality.mean,
             "half_interval_points": row.quality.half_width,
             "n": row.quality.n,
         }
         for row in rows
-        if row.quality is not None and row.file_bytes is not None and row.run.method not in _DROPPED
+        if row.quality is not None and row.run.method not in _DROPPED
     ]
     if not records:
         return None

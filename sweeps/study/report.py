@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,11 +63,9 @@ def write_results_page(source: str | Path, page: str | Path) -> list[Path]:
         plots[task] = one_shot_plot(task, results)
     for task, plot in plots.items():
         if plot is not None:
-            paths = save_plot(plot, page.parent / "images")
-            for suffix in ("pdf", "csv"):
-                paths[suffix].unlink()
-            figures[task] = f"images/{paths['png'].name}"
-            written.append(paths["png"])
+            image = save_plot(plot, page.parent / "images", ("png",))["png"]
+            figures[task] = f"images/{image.name}"
+            written.append(image)
     text = "\n".join(_page(planned, results, len(everything) - len(results), figures))
     write_atomically(page, (text + "\n").encode())
     documents = [_compact(result).to_json() for result in sorted(results, key=lambda item: item.run.title)]
@@ -186,9 +185,6 @@ def _table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _table_line(row: Row) -> str:
-    # Only rows with results are shown.
-    assert row.quality is not None
-    assert row.file_bytes is not None
     run, digits = row.run, measure_of(row.run.task).digits
     results = list(row.results.values())
     images = [result.image_bytes for result in results if result.image_bytes is not None]
@@ -199,8 +195,8 @@ def _table_line(row: Row) -> str:
         run.point,
         _with_interval(row.quality, digits),
         "" if run.method == COMPARED else _signed(row.difference, digits),
-        f"{row.file_bytes.mean:,.0f}{' (above the target)' if is_above else ''}",
-        f"{results[0].fp32_bytes / row.file_bytes.mean:.1f}",
+        f"{row.mean_bytes:,.0f}{' (above the target)' if is_above else ''}",
+        f"{results[0].fp32_bytes / row.mean_bytes:.1f}",
         f"{sum(images) / len(images):,.0f}" if images else "",
         _seeds(row),
     )
@@ -235,7 +231,9 @@ def _seeds(row: Row) -> str:
     return f"{count} of {row.planned}" if count < row.planned else f"{count}"
 
 
-def _with_interval(found: Estimate, digits: int) -> str:
+def _with_interval(found: Estimate | None, digits: int) -> str:
+    if found is None:
+        return ""
     half = "" if found.half_width is None else f" ± {found.half_width:.{digits}f}"
     return f"{found.mean:.{digits}f}{half}"
 
@@ -305,7 +303,7 @@ def _peer_line(row: Row) -> str:
     theirs = estimate([100 * float(peer["quality"]["accuracy"]) for peer in peers])
     if ours is None or theirs is None:
         return ""
-    our_bytes = sum(result.file_bytes for result in coded) / len(coded)
+    our_bytes = statistics.fmean(result.file_bytes for result in coded)
     their_bytes = sum(int(peer["bytes"]) for peer in peers) / len(peers)
     above = "" if all(peer["within"] for peer in peers) else " (above the target)"
     first = " | ".join((METHODS[row.run.method].label, _shape(row.run), row.run.point))
@@ -343,13 +341,11 @@ def _ablation(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
     full = {row.run.point: _by_seed(row) for row in rows if not row.run.variant}
 
     def line(row: Row) -> str:
-        assert row.quality is not None
-        assert row.file_bytes is not None
         run = row.run
         difference = paired_difference(_by_seed(row), full[run.point]) if run.variant else None
         return (
             f"| {run.point} | {run.variant or 'full method'} | {_with_interval(row.quality, 2)} | "
-            f"{_signed(difference, 2) if run.variant else ''} | {row.file_bytes.mean:,.0f} | {_seeds(row)} |"
+            f"{_signed(difference, 2) if run.variant else ''} | {row.mean_bytes:,.0f} | {_seeds(row)} |"
         )
 
     header = [
@@ -375,8 +371,7 @@ def _choice(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
     header = ["| point | recipe | accuracy % on held-out training images |", "|---|---|---|"]
 
     def line(row: Row) -> str:
-        assert row.quality is not None
-        return f"| {row.run.point} | {row.run.variant} | {row.quality.mean:.2f} |"
+        return f"| {row.run.point} | {row.run.variant} | {_with_interval(row.quality, 2)} |"
 
     yield from _listed(header, rows_of(runs, results), line)
 

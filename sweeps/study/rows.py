@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,6 @@ class Row:
         By seed; the missing ones are not there.
     quality, difference : Estimate or None
         Of the task's measure in the unit of the table; the difference to the dense network of the same seed.
-    file_bytes : Estimate or None
     """
 
     run: Run
@@ -39,7 +39,11 @@ class Row:
     results: Mapping[int, Result]
     quality: Estimate | None
     difference: Estimate | None
-    file_bytes: Estimate | None
+
+    @property
+    def mean_bytes(self) -> float:
+        """Of the files; not to be asked of a row without results."""
+        return statistics.fmean(result.file_bytes for result in self.results.values())
 
 
 def rows_of(runs: Sequence[Run], results: Iterable[Result]) -> list[Row]:
@@ -75,7 +79,6 @@ def rows_of(runs: Sequence[Run], results: Iterable[Result]) -> list[Row]:
                 results=found,
                 quality=estimate(list(values.values())),
                 difference=paired_difference(values, dense[members[0].task]),
-                file_bytes=estimate([float(result.file_bytes) for result in found.values()]),
             )
         )
     order = list(METHODS)
