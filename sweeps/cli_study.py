@@ -45,7 +45,9 @@ def study(
     crepe: Path | None,
     nncodec: Path | None,
 ) -> None:
-    """Do the runs of STUDY (fashion-mnist, ablation, generality, one-shot, recipe-choice) that FOLDER does not hold yet.
+    """Do the runs of STUDY that FOLDER does not hold yet.
+
+    Studies: fashion-mnist, longer, ablation, generality, one-shot, recipe-choice.
 
     Each result is kept as it comes. Stop the command at any time and run it again: what is done is skipped, a training goes on
     with its next epoch bit for bit. Run it several times at once to use more cores: the processes share out the runs.

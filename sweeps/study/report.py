@@ -11,7 +11,16 @@ from pathlib import Path
 from hwsim.files import write_atomically
 from sweeps.figures.base import Plot, save_plot
 from sweeps.statistics import Estimate, estimate, paired_difference
-from sweeps.study.catalogue import AUTOENCODER, CREPE, LENET5, ONE_SHOT_TASKS, POINTS, RESNET20, STUDIES
+from sweeps.study.catalogue import (
+    AUTOENCODER,
+    CREPE,
+    LENET5,
+    LONGER,
+    ONE_SHOT_TASKS,
+    POINTS,
+    RESNET20,
+    STUDIES,
+)
 from sweeps.study.figures import tradeoff_plot
 from sweeps.study.folder import Result, read_results
 from sweeps.study.one_shot_page import one_shot_plot, one_shot_section
@@ -124,6 +133,9 @@ def _page(
         if task == "lenet5":
             yield from _goals(rows)
             yield from _peers(rows)
+            yield from _twice_as_long(
+                planned["longer"], [run for run in runs if run.method == COMPARED], results
+            )
     yield "## 1.3 Two more tasks"
     yield ""
     yield from _generality_text()
@@ -311,6 +323,49 @@ def _peer_line(row: Row) -> str:
         f"| {first} | {_with_interval(ours, 2)} | {our_bytes:,.0f} | {_with_interval(theirs, 2)} | "
         f"{their_bytes:,.0f}{above} | {ours.n} |"
     )
+
+
+def _twice_as_long(longer: Sequence[Run], dense: Sequence[Run], results: Sequence[Result]) -> Iterator[str]:
+    """The goals once more where everything trains for longer, against both dense networks."""
+    yield "### Twice as long"
+    yield ""
+    yield (
+        f"The same start networks, compressed with {LONGER.admm_epochs} epochs of ADMM and {LONGER.retrain_epochs} of "
+        f"retraining. More epochs may make the dense network worse, since no image is augmented: differences are to that "
+        f"of as many epochs ({LONGER.epochs}) and to that of {LENET5.epochs} epochs above."
+    )
+    yield ""
+    rows = rows_of(longer, results)
+    compressed = [run for run in longer if run.method not in (COMPARED, "start")]
+    to_shorter = {row.run.group: row.difference for row in rows_of([*dense, *compressed], results)}
+
+    def line(row: Row) -> str:
+        run = row.run
+        differences = (
+            ["", ""]
+            if run.method == COMPARED
+            else [_signed(found, 2) for found in (row.difference, to_shorter.get(run.group))]
+        )
+        cells = (
+            *(
+                METHODS[run.method].label,
+                _shape(run),
+                run.point,
+                _with_interval(row.quality, 2),
+                *differences,
+            ),
+            *(f"{row.mean_bytes:,.0f}", _seeds(row)),
+        )
+        return f"| {' | '.join(cells)} |"
+
+    header = [
+        f"| method | blocks | point | accuracy % | to dense, {LONGER.epochs} epochs | to dense, {LENET5.epochs} epochs "
+        "| bytes | n |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    trained = [row for row in rows if row.run.method != "start"]
+    yield from _listed(header, trained, line)
+    yield from _goals(rows)
 
 
 def _generality_text() -> Iterator[str]:
