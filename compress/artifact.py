@@ -473,7 +473,7 @@ def matrix_to_weight(
     [[[0, 1, 2], [3, 4, 5]]]
     """
     out_channels, in_channels, *kernel = weight_shape
-    if column_order == "channel_major":
+    if column_order == "channel_major" or not kernel:
         return matrix.reshape(weight_shape)
     # A copy also where the order in memory is the same: torch takes the strides of a single channel for a layout.
     return np.moveaxis(matrix.reshape(out_channels, *kernel, in_channels), -1, 1).copy()

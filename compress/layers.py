@@ -13,6 +13,10 @@ from hwsim.layer import Layer, LayerShape, QuantizedWeights
 __all__ = ["Activations", "CompressedLayer"]
 
 
+_CHUNK_ENTRIES = 1 << 16
+"""Entries of `CompressedLayer.float_matrix` that are filled together."""
+
+
 @dataclass(frozen=True, eq=False)
 class CompressedLayer:
     """Block types and integers of one Linear or convolution module.
@@ -37,18 +41,29 @@ class CompressedLayer:
 
     def float_matrix(self) -> NDArray[np.float32]:
         """``float32[groups, m, k]``: integer × float32(``step_size``)."""
-        weights, (g_o, g_k) = self.weights, self.block
-        _, m, k = weights.dense.shape
-        values = weights.dense.astype(np.float32)
-        if weights.magnitudes.any():
-            rows = weights.magnitudes.astype(np.float32).repeat(g_k, axis=2)[:, :, :k]
-            magnitudes = rows.repeat(g_o, axis=1)[:, :m]
-            # The sign bit of a float is its highest; adding to 0 or to a dense 0 makes a −0 a +0.
-            bits = magnitudes.view(np.uint32)
-            bits ^= weights.signs.astype(np.uint32) << np.uint32(31)
-            values += magnitudes
-        values *= np.float32(weights.step_size)
+        weights = self.weights
+        groups, m, k = weights.dense.shape
+        values = np.empty((groups, m, k), np.float32)
+        block_rows = max(1, _CHUNK_ENTRIES // (self.block[0] * k))
+        for group in range(groups):
+            for first in range(0, self.types.shape[1], block_rows):
+                rows = slice(first * self.block[0], (first + block_rows) * self.block[0])
+                self._fill(values[group, rows], group, rows, slice(first, first + block_rows))
         return values
+
+    def _fill(self, values: NDArray[np.float32], group: int, rows: slice, block_rows: slice) -> None:
+        """Some rows of `float_matrix`: temporaries are of a few rows and stay in the cache."""
+        weights, (g_o, g_k) = self.weights, self.block
+        magnitudes = weights.magnitudes[group, block_rows]
+        values[...] = weights.dense[group, rows]
+        if magnitudes.any():
+            wide = magnitudes.astype(np.float32).repeat(g_k, axis=1)[:, : values.shape[1]]
+            shared = wide.repeat(g_o, axis=0)[: len(values)]
+            # The sign bit of a float is its highest; adding to 0 or to a dense 0 makes a −0 a +0.
+            bits = shared.view(np.uint32)
+            bits ^= weights.signs[group, rows].astype(np.uint32) << np.uint32(31)
+            values += shared
+        values *= np.float32(weights.step_size)
 
     def on_hardware(self, shape: LayerShape) -> Layer:
         """The layer as the simulator takes it, with the geometry that a forward pass showed."""

@@ -208,13 +208,4 @@ def dequantize(layer: CompressedLayer, weight_shape: tuple[int, ...]) -> Tensor:
     weight_shape : tuple of int
         Shape of the module's weight.
     """
-    integers = layer.weights
-    _, m, k = integers.dense.shape
-    magnitudes = torch.from_numpy(integers.magnitudes.astype(np.int32))
-    signs = 1 - 2 * torch.from_numpy(integers.signs.astype(np.int32))
-    # Unused entries are 0, so the two parts never meet.
-    matrix = torch.from_numpy(integers.dense.astype(np.int32)) + signs * expand_blocks(
-        magnitudes, layer.block, m, k
-    )
-    weight = matrix.to(torch.float32) * float(np.float32(integers.step_size))
-    return matrix_to_weight(weight, weight_shape, layer.column_order)
+    return matrix_to_weight(torch.from_numpy(layer.float_matrix()), weight_shape, layer.column_order)

@@ -10,8 +10,9 @@ Trans. ASSP 37 (1989); uniform grid and rounding by rate: Wiedemann et al., "Dee
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,9 @@ MULTIPLIERS = tuple(1e-10 * 2.0 ** (i / 2) for i in range(61))
 """λ that `coarsen_within` tries: nats per bit."""
 
 LOSS_BATCH = 512
+
+_PART = 1 << 15
+"""Integers that `round_to_step` looks at together."""
 
 NO_SYMBOL_BITS = 16.0
 """Cost of a grid point that nothing was rounded to so far."""
@@ -289,22 +293,39 @@ def round_to_step(
         weight_range(weight_bits or weights.weight_bits),
         magnitude_range(magnitude_bits or weights.magnitude_bits),
     )
-    exact = [values * float(np.float32(weights.step_size)) for values in (weights.dense, weights.magnitudes)]
+    unit = float(np.float32(weights.step_size))
+    integers = weights.dense, weights.magnitudes
     least = max(
-        float(np.abs(values).max(initial=0.0)) / high for values, (_, high) in zip(exact, ranges, strict=True)
+        max(int(values.max(initial=0)), -int(values.min(initial=0))) * unit / high
+        for values, (_, high) in zip(integers, ranges, strict=True)
     )
     step = float(np.float32(max(step, least)))
     dense, magnitudes = (
-        np.rint(values / step).clip(*bounds) for values, bounds in zip(exact, ranges, strict=True)
+        _multiples(values, unit, step, bounds) for values, bounds in zip(integers, ranges, strict=True)
     )
     return _with_integers(
         layer,
-        dense.astype(np.int16),
-        magnitudes.astype(np.uint16),
+        dense,
+        magnitudes,
         step,
         weight_bits or weights.weight_bits,
         magnitude_bits or weights.magnitude_bits,
     )
+
+
+def _multiples(
+    integers: NDArray[np.integer], unit: float, step: float, bounds: tuple[int, int]
+) -> NDArray[Any]:
+    """Integers of one unit as the nearest ones of another, of the same dtype; a part at a time, since parts are float64."""
+    rounded = np.empty_like(integers)
+    for part, target in zip(_parts(integers), _parts(rounded), strict=True):
+        target[...] = np.rint(part * unit / step).clip(*bounds)
+    return rounded
+
+
+def _parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    flat = values.reshape(-1)
+    return (flat[start : start + _PART] for start in range(0, flat.size, _PART))
 
 
 _Chosen = tuple[_Grid, Array] | None

@@ -265,7 +265,8 @@ def choose_levels(
     scale : callable
         Maps a mean to the scale on which levels are even steps.
     steps : tuple of float
-        Distances of neighbouring levels to try; with more than one, also levels of only the rows or only the columns.
+        Distances of neighbouring levels to try; with more than one, also levels of only the rows or only the columns. Empty: no
+        levels.
 
     Returns
     -------
@@ -273,7 +274,7 @@ def choose_levels(
     """
     rows, columns = mask.shape
     none = (np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
-    if symbols.size < 64:
+    if symbols.size < 64 or not steps:
         return none
     row_of, column_of = np.divmod(np.flatnonzero(mask), columns)
     means = [scale(_means(index, sizes, count)) for index, count in ((row_of, rows), (column_of, columns))]

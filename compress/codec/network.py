@@ -41,9 +41,9 @@ DEFAULT_MAX_WEIGHTS = 1 << 28
 could ask for any amount of memory.
 """
 
-PRESETS: dict[str, tuple[float, ...]] = {"small": (0.2, 0.35, 0.6), "fast": (0.35,)}
-"""Steps between the levels of rows and columns that the encoder tries (`compress.codec.entropy.choose_levels`). The
-format is the same: any decoder reads both.
+PRESETS: dict[str, tuple[float, ...]] = {"small": (0.2, 0.35, 0.6), "fast": ()}
+"""Steps between the levels of rows and columns that the encoder tries (`compress.codec.entropy.choose_levels`); none: one class
+of symbols, so that a group is a few calls of the coder. The format is the same: any decoder reads both.
 """
 
 _DTYPES = ("<f4", "<i8", "<i4", "<i2", "|i1", "|u1", "|b1", "<f8", "<f2")
