@@ -1,4 +1,4 @@
-"""The assignment of block types on an accelerator: the same types as `compress.projection.assign_types`, without reading back.
+"""The assignment of block types on an accelerator: the same types as `compress.assign.assign_types`, without reading back.
 
 Every decision is a tensor operation on fixed shapes, so the host never waits for the device; it costs a fixed number of
 sorts. Tested on the CPU and on the meta device, where reading a value is impossible.

@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.assign import assign_types
 from compress.blocks import real_entries, weight_to_matrix
-from compress.projection import assign_types, layer_costs
+from compress.projection import layer_costs
 from compress.rules import Plan, PlannedLayer, Untreated
 from compress.shapes import evaluation_mode
 from hwsim.layer import DENSE, PRUNED, UNIFIED

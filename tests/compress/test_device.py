@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress import assign_device, projection
 from compress.admm import ADMM
+from compress.assign import assign_types, assign_types_by_row
 from compress.assign_device import assign_on_device
 from compress.loop import Gradients, LossLog
-from compress.projection import assign_types, assign_types_by_row, project, project_to_counts
+from compress.projection import project, project_to_counts
 from compress.retrain import MaskedRetraining
 from compress.rules import CompressionConfig, plan_layers
 from hwsim.errors import InputError

@@ -50,8 +50,8 @@ def memory_above(shapes, block, groups=1, order="tap_major"):
 
 
 def test_a_convolution_is_not_copied_whole():
-    """19 M weights: the result, a few numbers per block, and chunks: 1.7. With the whole matrix copied it is 3.9."""
-    assert 1 <= memory_above([[2048, 1024, 3, 3]], [4, 4]) < 2.3
+    """19 M weights: the result, a few numbers per block, and chunks: 1.3. With the whole matrix copied it is 3.9."""
+    assert 1 <= memory_above([[2048, 1024, 3, 3]], [4, 4]) < 1.8
 
 
 @pytest.mark.slow
@@ -62,9 +62,10 @@ def test_a_convolution_is_not_copied_whole():
         ([[3334, 3334, 3, 3]], [4, 4]),
         ([[10_000, 10_000]], [8, 8]),
         ([[3162, 3162]] * 10, [1, 4]),
+        ([[10_000, 10_000]], [1, 4]),
     ],
-    ids=["one linear layer", "one convolution", "8x8", "ten layers of 1x4"],
+    ids=["one linear layer", "one convolution", "8x8", "ten layers of 1x4", "one layer of 1x4"],
 )
 def test_100_million_weights_take_about_twice_their_memory(shapes, block):
-    """1.7 as a rule; 2.3 was seen once of four times."""
+    """1.2 with 4×4 blocks; 2.3 where one layer has all weights in blocks of four: 25 million blocks, two integers each."""
     assert memory_above(shapes, block) < 2.5

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 
-from compress import projection as module
+from compress import assign, projection
+from compress.assign import assign_types, assign_types_by_row
 from compress.blocks import expand_blocks, weight_to_matrix
-from compress.projection import assign_types, assign_types_by_row, block_costs, project, project_to_counts
+from compress.projection import block_costs, project, project_to_counts
 from hwsim.errors import InputError
 from hwsim.layer import DENSE, PRUNED, UNIFIED, Layer, LayerShape, type_counts
 from hwsim.machine import load_machine
@@ -110,7 +111,7 @@ def test_the_sampled_guess_changes_nothing(equal, monkeypatch):
     prune_cost = rng.integers(0, 4 if equal else 10**12, 5_000)
     unify_cost = (prune_cost * rng.random(5_000)).astype(np.int64)
     plain = assign_types(prune_cost, unify_cost, 1_500, 2_500)
-    monkeypatch.setattr(module, "_SAMPLE_BLOCKS", 64)
+    monkeypatch.setattr(assign, "_SAMPLE_BLOCKS", 64)
     guessed = assign_types(prune_cost, unify_cost, 1_500, 2_500)
     assert_counts(guessed, 1_500, 2_500)
     assert total_cost(guessed, prune_cost, unify_cost) == total_cost(plain, prune_cost, unify_cost)
@@ -267,7 +268,7 @@ def test_a_bad_curvature_is_refused(bad):
 def test_chunks_do_not_show(monkeypatch):
     weight = random_weight((37, 29))
     whole = project(weight, (4, 4), 0.5, 0.3)
-    monkeypatch.setattr(module, "_CHUNK_ENTRIES", 100)
+    monkeypatch.setattr(projection, "_CHUNK_ENTRIES", 100)
     chunked = project(weight, (4, 4), 0.5, 0.3)
     assert torch.equal(whole.types, chunked.types)
     torch.testing.assert_close(whole.weight, chunked.weight)
