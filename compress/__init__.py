@@ -18,7 +18,7 @@ _EXPORTS = {
     "CompressionConfig": "compress.rules",
     "CompressionResult": "compress.fit",
     "MaskedRetraining": "compress.retrain",
-    "IntegerModel": "compress.integer",
+    "IntegerModel": "compress.integer.model",
     "OneShotRecipe": "compress.one_shot",
     "OneShotResult": "compress.one_shot",
     "Permutation": "compress.permute",
@@ -48,7 +48,7 @@ _EXPORTS = {
     "permute_channels": "compress.permute",
     "plan_layers": "compress.rules",
     "project": "compress.projection",
-    "quantize_activations": "compress.integer",
+    "quantize_activations": "compress.integer.calibration",
     "save_artifact": "compress.artifact",
     "to_plain": "compress.plain",
 }

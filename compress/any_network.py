@@ -16,7 +16,7 @@ from compress.artifact import Artifact
 from compress.budget import Budget, as_budget
 from compress.file_budget import within_file_bytes, within_measured
 from compress.fit import Batches, CompressionResult, LossFunction, compress
-from compress.integer import quantize_activations, width_problems
+from compress.integer.calibration import quantize_activations, width_problems
 from compress.one_shot import OneShotRecipe, OneShotResult
 from compress.one_shot import one_shot as run_one_shot
 from compress.plain import PlainNetwork, to_plain

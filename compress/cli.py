@@ -268,7 +268,7 @@ def compress(
     from compress.cli_networks import compress_untrained, is_untrained, parse_shape, untrained_problems
     from compress.container import check_writable
     from compress.file_budget import compress_within
-    from compress.integer import width_problems
+    from compress.integer.calibration import width_problems
     from compress.one_shot import OneShotRecipe
     from compress.parallel import choose_device, processes
     from compress.train import load_checkpoint

@@ -19,7 +19,8 @@ from compress.artifact import Artifact, DatasetNote
 from compress.budget import Budget, as_budget
 from compress.data import Dataset, balanced_subset
 from compress.fit import CompressionResult, compress
-from compress.integer import IntegerModel, quantize_activations, width_problems
+from compress.integer.calibration import quantize_activations, width_problems
+from compress.integer.model import IntegerModel
 from compress.layers import CompressedLayer
 from compress.one_shot import OneShotRecipe, OneShotResult
 from compress.one_shot import one_shot as run_one_shot

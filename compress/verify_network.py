@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from compress import zoo
 from compress.artifact import Artifact
 from compress.fit import compress
-from compress.integer import IntegerModel, LayerTrace, quantize_activations
+from compress.integer.arithmetic import LayerTrace
+from compress.integer.calibration import quantize_activations
+from compress.integer.model import IntegerModel
 from compress.rebuild import make_artifact, rebuild_integer
 from compress.rules import CompressionConfig, Recipe
 from compress.shapes import layer_shapes

@@ -25,7 +25,7 @@ from compress.budget import Budget, as_budget
 from compress.container import package_versions, read_container, write_container
 from compress.data import balanced_subset
 from compress.fit import CompressionResult, Progress, compress
-from compress.integer import quantize_activations
+from compress.integer.calibration import quantize_activations
 from compress.layers import CompressedLayer
 from compress.rate_distortion import (
     MULTIPLIERS,

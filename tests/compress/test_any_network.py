@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 from compress.any_network import compress_network
 from compress.artifact import Artifact, load_artifact, save_artifact
-from compress.integer import quantize_activations
+from compress.integer.calibration import quantize_activations
 from compress.one_shot import OneShotRecipe
 from compress.rebuild import rebuild, rebuild_integer
 from compress.rules import CompressionConfig, Recipe

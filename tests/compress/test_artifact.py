@@ -36,7 +36,7 @@ from compress.blocks import matrix_to_weight as matrix_to_weight_in_torch
 from compress.codec import decode_network, encode_network
 from compress.container import container_bytes, read_container
 from compress.fit import compress
-from compress.integer import quantize_activations
+from compress.integer.calibration import quantize_activations
 from compress.layers import CompressedLayer
 from compress.packed import unpack_bits
 from compress.quantize import dequantize

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from compress import integer as module
 from compress import zoo
 from compress.any_network import compress_network
 from compress.artifact import MAX_SHIFT, integer_weight
@@ -25,6 +24,7 @@ from compress.integer import (
     make_requantizer,
     quantize_activations,
 )
+from compress.integer import arithmetic as module
 from compress.layers import CompressedLayer
 from compress.rebuild import rebuild, rebuild_integer
 from compress.rules import CompressionConfig, Recipe

@@ -11,7 +11,7 @@ from torch import nn
 from compress import zoo
 from compress.admm import ADMM
 from compress.fit import Recipe, compress
-from compress.integer import quantize_activations
+from compress.integer.calibration import quantize_activations
 from compress.permute import (
     _best_order,
     _cost,

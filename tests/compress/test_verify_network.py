@@ -8,7 +8,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from compress.integer import IntegerModel, LayerTrace
+from compress.integer.arithmetic import LayerTrace
+from compress.integer.model import IntegerModel
 from compress.rebuild import rebuild_integer
 from compress.rules import CompressionConfig
 from compress.verify_network import projected_artifact, verify_network
