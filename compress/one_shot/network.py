@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.blocks import weight_to_matrix
-from compress.curvature import Moments, column_permutation, in_chunks, is_observable, listening
 from compress.layers import CompressedLayer
+from compress.one_shot.observe import Observed, Observer, Step, execution
 from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
 from compress.one_shot.solver import projected, quantized, solve
@@ -30,9 +29,6 @@ from compress.shapes import evaluation_mode
 from hwsim.errors import InputError, Problem
 
 __all__ = ["LayerError", "OneShotProgress", "OneShotResult", "one_shot"]
-
-MAX_HESSIAN_ENTRIES = 1 << 28
-"""Of one layer, all groups together: 2 GiB in float64; some four times as much is needed at once."""
 
 VARIANCE_RATIOS = (0.25, 4.0)
 """Least and greatest factor of a variance: beyond, a channel has lost what it carried."""
@@ -151,7 +147,8 @@ def one_shot(
     Notes
     -----
     Deterministic: nothing is random. One layer's Hessian is held at a time, in float64; a pass of the calibration inputs goes
-    through the network up to each layer (through the original one too with ``target="network"``).
+    through the network up to each layer. With ``target="network"`` the original one runs once for several layers: up to 256 MiB
+    of what reaches them are held.
 
     Examples
     --------
@@ -173,10 +170,10 @@ def one_shot(
             permutation = permute_channels(model, plan, batches[0])
         # The original network's outputs are the targets; one that is not needed costs no memory.
         original = copy.deepcopy(model) if recipe.target == "network" else model
-        order = _execution(model, plan, batches[0])
+        order = execution(model, plan, batches[0])
         seen, held_out = _split(batches, recipe.held_out if recipe.method == "hessian" else 0.0)
         judge = _Judge.of(model, held_out) if held_out else None
-        observer = _Observer(model, original, seen)
+        observer = Observer.of(model, original, order, seen)
         layers: dict[str, CompressedLayer] = {}
         errors, warnings = [], []
         for number, step in enumerate(order, 1):
@@ -233,62 +230,6 @@ def _identity(
     }
 
 
-# --- the order of the layers, and what follows them
-
-
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """A layer, how often a forward pass runs it, and the batch normalisation that reads its outputs, if it is the only one.
-
-    ``uses`` is 0 where the layer cannot be observed; ``reason`` then says why. Steps of one ``source`` see the same inputs, as
-    query, key and value of an attention do.
-    """
-
-    layer: PlannedLayer
-    uses: int
-    norm: nn.Module | None
-    reason: str = ""
-    source: tuple[int, int] | None = None
-
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-def _execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[_Step]:
-    """The layers in order of their first use; those that do not run, or cannot be observed, come last."""
-    uses: dict[str, int] = {}
-    norms: dict[str, nn.Module] = {}
-    outputs: list[tuple[str, Tensor]] = []
-    # Held, so that no other tensor gets the identity of one; the version tells what was changed in place.
-    sources: dict[str, list[tuple[Tensor, int]]] = {}
-    seen = {layer.name: layer.module for layer in plan.layers if is_observable(layer.module)}
-    followers = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
-
-    def ran(name: str, module: nn.Module, inputs: Tensor, out: Tensor) -> None:
-        if name in seen and module is seen[name]:
-            uses[name] = uses.get(name, 0) + 1
-            outputs.append((name, out))
-            sources.setdefault(name, []).append((inputs, inputs._version))
-        elif isinstance(module, _NORMS) and module.track_running_stats:
-            norms.update({layer: module for layer, held in outputs if held is inputs})
-
-    with listening(seen | followers, ran):
-        model(sample[:2])
-    readers = [id(module) for module in norms.values()]
-    steps = {}
-    for layer in plan.layers:
-        norm = norms.get(layer.name)
-        # Statistics shared by several layers, or a layer with several outputs, have no single shift.
-        alone = norm is not None and readers.count(id(norm)) == 1 and uses[layer.name] == 1
-        reason = "it never runs" if is_observable(layer.module) else "its inputs cannot be observed"
-        read = [(id(held), version) for held, version in sources.get(layer.name, [])]
-        # Other than a Linear, a layer cuts its inputs up in its own way.
-        is_plain = len(read) == 1 and isinstance(layer.module, nn.Linear) and not alone
-        source = read[0] if is_plain else None
-        steps[layer.name] = _Step(layer, uses.get(layer.name, 0), norm if alone else None, reason, source)
-    return [steps[name] for name in uses] + [step for step in steps.values() if not step.uses]
-
-
 # --- one layer
 
 
@@ -324,131 +265,8 @@ def _numbers(outputs: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-class _Enough(Exception):
-    """Ends a forward pass after the layer that is looked at."""
-
-
-@contextmanager
-def _held_inputs(
-    step: _Step, name: str, model: nn.Module
-) -> Iterator[Callable[[Tensor], list[tuple[Tensor, Tensor]]]]:
-    """A function that gives inputs and outputs of all uses of a layer for one batch, and runs the network no further."""
-    held: list[tuple[Tensor, Tensor]] = []
-
-    def keep(_name: str, _module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
-        held.append((inputs, outputs))
-        if len(held) == step.uses:
-            raise _Enough
-
-    def run(batch: Tensor) -> list[tuple[Tensor, Tensor]]:
-        held.clear()
-        with suppress(_Enough):
-            model(batch)
-        return list(held)
-
-    with listening({name: model.get_submodule(name)}, keep):
-        yield run
-
-
-@dataclass(frozen=True, eq=False)
-class _Observed:
-    """Means over all positions that reached a layer, columns in the order of the block view.
-
-    Attributes
-    ----------
-    products : float64 Tensor ``[groups, k, k]``
-        ``x·xᵀ`` of the inputs of the compressed network.
-    cross : float64 Tensor ``[groups, k, k]`` or None
-        ``x·zᵀ`` with the inputs z of the original network.
-    mean, wanted_mean : float64 Tensor ``[groups, k]``
-        Of x, and of the inputs whose outputs are wanted.
-    wanted_variance : float64 Tensor ``[groups, m]``
-        Of the wanted outputs.
-    """
-
-    products: Tensor
-    cross: Tensor | None
-    mean: Tensor
-    wanted_mean: Tensor
-    wanted_variance: Tensor
-
-    def centred(self) -> _Observed:
-        """Without what a bias takes care of."""
-
-        def outer(a: Tensor, b: Tensor) -> Tensor:
-            return a[:, :, None] * b[:, None, :]
-
-        cross = None if self.cross is None else self.cross - outer(self.mean, self.wanted_mean)
-        return replace(self, products=self.products - outer(self.mean, self.mean), cross=cross)
-
-
-def _observe(
-    step: _Step, model: nn.Module, original: nn.Module, batches: Sequence[Tensor], weight: Tensor
-) -> _Observed:
-    layer = step.layer
-    entries = layer.groups * layer.k**2
-    if entries > MAX_HESSIAN_ENTRIES:
-        message = f"{layer.k} inputs per output: their Hessian takes {8 * entries / 2**30:.1f} GiB"
-        raise InputError(
-            f"layer {layer.name}", Problem("weight", message, "leave it out by a rule with exempt = true")
-        )
-    columns = column_permutation(layer.weight_shape, layer.settings.column_order).to(weight.device)
-    moments, wanted = Moments.zeros(layer, full=True), Moments.zeros(layer, full=False)
-    is_crossed = original is not model
-    cross = torch.zeros_like(moments.second) if is_crossed else None
-    squares = torch.zeros(layer.groups, layer.m, dtype=torch.float64, device=weight.device)
-    with ExitStack() as stack:
-        compressed_inputs = stack.enter_context(_held_inputs(step, layer.name, model))
-        original_inputs = (
-            stack.enter_context(_held_inputs(step, layer.name, original)) if is_crossed else None
-        )
-        for batch in batches:
-            found = compressed_inputs(batch)
-            aims = found if original_inputs is None else original_inputs(batch)
-            for (x, _), (z, _) in zip(found, aims, strict=True):
-                for part, aim in zip(in_chunks(layer.module, x), in_chunks(layer.module, z), strict=True):
-                    rows = part.transpose(0, 1).flatten(1, 2)
-                    moments.add_rows(rows)
-                    goal = aim.transpose(0, 1).flatten(1, 2) if is_crossed else rows
-                    wanted.first += goal.sum(dim=1)
-                    if cross is not None:
-                        cross += rows.mT @ goal
-                    if step.norm is not None:
-                        squares += (goal[:, :, columns] @ weight.float().mT).square().sum(dim=1)
-    count = max(moments.positions, 1)
-    products = (moments.second / count)[:, columns][:, :, columns]
-    if not bool(torch.isfinite(products).all()):
-        message = "the inputs that reach it are not finite"
-        raise InputError("calibration", Problem(layer.name, message, "check weights and calibration inputs"))
-    wanted_mean = wanted.first[:, columns] / count
-    variance = squares / count - (weight @ wanted_mean[:, :, None])[:, :, 0].square()
-    return _Observed(
-        products,
-        None if cross is None else (cross / count)[:, columns][:, :, columns],
-        moments.first[:, columns] / count,
-        wanted_mean,
-        variance,
-    )
-
-
-@dataclass(eq=False)
-class _Observer:
-    """What reached each layer; what the last one saw is kept for the next that sees the same."""
-
-    model: nn.Module
-    original: nn.Module
-    batches: Sequence[Tensor]
-    last: tuple[tuple[int, int] | None, _Observed] | None = None
-
-    def look(self, step: _Step, weight: Tensor) -> _Observed:
-        if self.last is None or step.source is None or self.last[0] != step.source:
-            self.last = None  # one Hessian at a time
-            self.last = step.source, _observe(step, self.model, self.original, self.batches, weight)
-        return self.last[1]
-
-
 def _compress_layer(
-    step: _Step, observer: _Observer, judge: _Judge | None, recipe: OneShotRecipe
+    step: Step, observer: Observer, judge: _Judge | None, recipe: OneShotRecipe
 ) -> tuple[CompressedLayer, LayerError | None]:
     """The integers of a layer; weight, bias and following normalisation of the model are changed to match."""
     layer = step.layer
@@ -497,7 +315,7 @@ def _matrix(layer: PlannedLayer, compressed: CompressedLayer) -> Tensor:
 
 
 def _match_statistics(
-    step: _Step, observed: _Observed, weight: Tensor, final: Tensor, recipe: OneShotRecipe
+    step: Step, observed: Observed, weight: Tensor, final: Tensor, recipe: OneShotRecipe
 ) -> None:
     """Bias or normalisation make up for shifted means and, where asked for, changed variances of the outputs.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.one_shot import OneShotRecipe, one_shot
+from compress.one_shot import OneShotRecipe, observe, one_shot
 from compress.one_shot import network as module
 from compress.projection import project_to_counts
 from compress.rebuild import make_artifact, rebuild
@@ -283,22 +283,41 @@ def test_layers_that_read_the_same_inputs_share_one_pass(monkeypatch: pytest.Mon
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         original, inputs = Readers().eval(), torch.randn(64, 12)
-    observe, looked = module._observe, []
+    plain, looked = observe._observe, []
 
-    def count(step: module._Step, *arguments: object) -> module._Observed:
+    def count(step: observe.Step, *arguments: object) -> observe.Observed:
         looked.append(step.layer.name)
-        return observe(step, *arguments)  # type: ignore[arg-type]
+        return plain(step, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "_observe", count)
+    monkeypatch.setattr(observe, "_observe", count)
     shared = one_shot(copy.deepcopy(original), inputs, ALL)
     assert looked == ["q", "late"]
-    look = module._Observer.look
+    look = observe.Observer.look
     monkeypatch.setattr(
-        module._Observer, "look", lambda self, step, weight: look(self, replace(step, source=None), weight)
+        observe.Observer, "look", lambda self, step, weight: look(self, replace(step, source=None), weight)
     )
     alone = one_shot(copy.deepcopy(original), inputs, ALL)
     assert looked == ["q", "late", "q", "k", "v", "late"]
     assert shared.errors == alone.errors
+
+
+def test_inputs_of_the_original_are_held_for_later_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(held_bytes: int) -> tuple[dict[str, Tensor], int]:
+        monkeypatch.setattr(observe, "MAX_HELD_BYTES", held_bytes)
+        model, passes = network(), []
+        inputs = observe._OriginalInputs._inputs
+        monkeypatch.setattr(
+            observe._OriginalInputs, "_inputs", lambda *given: passes.append(1) or inputs(*given)
+        )
+        one_shot(model, list(samples(96).split(40)), ALL, OneShotRecipe(target="network"))
+        monkeypatch.setattr(observe._OriginalInputs, "_inputs", inputs)
+        return model.state_dict(), len(passes)
+
+    one_by_one, several, all_at_once = (found(size) for size in (0, 60_000, 1 << 28))
+    # Five layers, three batches. Of the first batch 36 samples see the layers: 128, 512, 72, 108 and 16 numbers each.
+    assert [one_by_one[1], several[1], all_at_once[1]] == [15, 9, 3]
+    for state, _ in (several, all_at_once):
+        assert all(torch.equal(values, one_by_one[0][name]) for name, values in state.items())
 
 
 def test_it_is_reproducible_and_leaves_the_random_state() -> None:
@@ -389,9 +408,9 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
 
 
 def test_a_hessian_that_does_not_fit_is_refused_at_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MAX_HESSIAN_ENTRIES", 108**2)
+    monkeypatch.setattr(observe, "MAX_HESSIAN_ENTRIES", 108**2)
     one_shot(network(), samples(8), ALL)
-    monkeypatch.setattr(module, "MAX_HESSIAN_ENTRIES", 108**2 - 1)
+    monkeypatch.setattr(observe, "MAX_HESSIAN_ENTRIES", 108**2 - 1)
     with pytest.raises(InputError, match=r"layer 9.*GiB"):
         one_shot(network(), samples(8), ALL)
 
