@@ -22,7 +22,11 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "--folder", type=_FOLDER, default=Path("results/study"), show_default=True, help="Where results are kept."
 )
 @click.option("--only", multiple=True, help="Only runs with this in their title (joint, 8x8, seed 0, …).")
-@click.option("--limit", type=click.IntRange(1), help="Stop after so many runs.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    help="Stop after so many runs; 0: only code those that are done (--nncodec).",
+)
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of torch.")
 @click.option("--list", "only_list", is_flag=True, help="Show the runs and what is done, and do nothing.")
 @click.option(

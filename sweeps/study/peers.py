@@ -29,7 +29,7 @@ from sweeps.study.tasks import Examples, Task, find_task
 __all__ = ["PEER_METHODS", "code_with_nncodec"]
 
 PEER_METHODS = ("unstructured", "pruned", "channels", "joint", "budget")
-QP = tuple(range(-38, -7, 2))
+QP = tuple(range(-38, -7))
 """From nearly exact to very coarse."""
 
 
