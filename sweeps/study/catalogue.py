@@ -72,9 +72,13 @@ def _unstructured(seed: int, index: int) -> Run:
     return _lenet5("unstructured", seed, index, pruned=share, **ranked)
 
 
+def _exactly_8_bits(run: Run) -> Run:
+    return replace(run, training=replace(run.training, max_loss=0.0))
+
+
 def _lenet5_first(seed: int) -> Iterator[Run]:
     yield _lenet5("start", seed)
-    yield _lenet5("int8", seed)
+    yield _exactly_8_bits(_lenet5("int8", seed))
     for index in range(len(POINTS)):
         yield _budget(seed, index, (4, 4))
     yield _lenet5("dense", seed)
@@ -118,7 +122,7 @@ def _resnet20(seed: int) -> Iterator[Run]:
     yield run("budget", 20, budget="file_bytes=80000", permute=True)
     yield run("budget", 40, budget="file_bytes=36000", permute=True)
     if seed == 0:
-        yield run("int8")
+        yield _exactly_8_bits(run("int8"))
         yield run("unstructured", 20, block=(1, 1), pruned=0.85, allocation="magnitude")
         yield run("channels", 20, width=0.4)
         yield run("pruned", 20, pruned=0.8)

@@ -177,7 +177,7 @@ def _method_text() -> Iterator[str]:
         "integers of *every* method are made "
         "coarser by rate and distortion after training until the file has at most 1/50 of the bytes of "
         "fp32: the same bytes, spent "
-        "differently. Rows without a point are rounded as far as 0.01 nats on training images allow. ± is "
+        "differently. Rows without a point, int8 apart, are rounded as far as 0.01 nats on training images allow. ± is "
         "half a 95 % interval of the "
         "mean by Student's t over the n seeds; n = 1 has none. `image` is the memory image that the machine loads (8 bits, "
         "not entropy coded), where a machine runs such blocks."
