@@ -465,7 +465,7 @@ def matrix_to_weight(
     matrix: NDArray, weight_shape: tuple[int, ...], column_order: Literal["tap_major", "channel_major"]
 ) -> NDArray:
     """``[groups, m, k]`` to the shape of the module's weight (the NumPy twin of
-    `compress.blocks.matrix_to_weight`).
+    `compress.blocks.matrix_to_weight`); it may share memory with the matrix.
 
     Examples
     --------

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
-__all__ = ["ProjectionMethod", "assign_types", "assign_types_by_row", "assign_with_cost"]
+__all__ = ["ProjectionMethod", "assign_types", "assign_with_cost"]
 
 ProjectionMethod = Literal["exact", "prune_first"]
 
@@ -35,6 +35,8 @@ def assign_types(
     pruned_blocks: int,
     unified_blocks: int,
     method: ProjectionMethod = "exact",
+    *,
+    balanced_rows: bool = False,
 ) -> NDArray[np.uint8]:
     """Types with exactly ``pruned_blocks`` PRUNED and ``unified_blocks`` UNIFIED; the rest is DENSE for free.
 
@@ -46,6 +48,9 @@ def assign_types(
     method : {"exact", "prune_first"}
         exact: least total cost. prune_first: the cheapest to prune are pruned, then the cheapest of the
         others to unify are unified, the order of the method's authors.
+    balanced_rows : bool
+        The same counts in every block row ``[..., Kb]``: rows of an array that run them side by side have the same work in
+        every pass. Both counts are then multiples of the number of rows.
 
     Returns
     -------
@@ -55,10 +60,15 @@ def assign_types(
     Raises
     ------
     InputError
-        Counts that do not fit the number of blocks, or costs that are negative or not finite.
+        Counts that do not fit the number of blocks or that the rows cannot share equally, or costs that are negative or not
+        finite.
 
     Notes
     -----
+    Source of balanced rows: k of n per row group, as in dynamic probabilistic pruning: Gonzalez-Carabarin et al., "Dynamic
+    Probabilistic Pruning: A General Framework for Hardware-Constrained Pruning at Different Granularities", IEEE TNNLS 2022.
+    The constraint does not couple rows, so the best of every row is the best of all.
+
     Costs are scaled by one power of two to 60-bit integers, so every comparison is exact: the result is
     optimal for integer costs below 2**53, and within ``2**-60`` of the largest cost per block for any others.
 
@@ -66,9 +76,11 @@ def assign_types(
     --------
     >>> assign_types(np.array([4, 4, 4, 4]), np.array([1, 1, 1, 1]), 1, 1).tolist()
     [0, 1, 2, 2]
+    >>> assign_types(np.array([[1, 2], [8, 9]]), np.zeros((2, 2), int), 2, 2, balanced_rows=True).tolist()
+    [[0, 1], [0, 1]]
     """
-    types, _ = assign_with_cost([prune_cost, unify_cost], pruned_blocks, unified_blocks, method)
-    return types
+    costs = [prune_cost, unify_cost]
+    return assign_with_cost(costs, pruned_blocks, unified_blocks, method, balanced_rows=balanced_rows)[0]
 
 
 def assign_with_cost(
@@ -79,14 +91,12 @@ def assign_with_cost(
     *,
     balanced_rows: bool = False,
 ) -> tuple[NDArray[np.uint8], float]:
-    """The types, and the sum of their costs.
+    """`assign_types`, and the sum of the costs.
 
     Parameters
     ----------
     costs : list of two arrays
         To prune and to unify. They are taken out of the list, so that memory that nobody else holds is free before the search.
-    balanced_rows : bool
-        As `assign_types_by_row`.
     """
     unify_cost, prune_cost = costs.pop(), costs.pop()
     if balanced_rows:
@@ -147,45 +157,6 @@ def _total(types: NDArray[np.uint8], prune: NDArray[np.int64], unify: NDArray[np
         for part in parts
         for code, cost in ((PRUNED, prune), (UNIFIED, unify))
     )
-
-
-def assign_types_by_row(
-    prune_cost: NDArray,
-    unify_cost: NDArray,
-    pruned_blocks: int,
-    unified_blocks: int,
-    method: ProjectionMethod = "exact",
-) -> NDArray[np.uint8]:
-    """`assign_types` of every block row by itself: the same counts in each, at the least total cost under that constraint.
-
-    The rows of an array that run such block rows side by side have the same work in every pass.
-
-    Parameters
-    ----------
-    prune_cost, unify_cost : arrays ``[..., Kb]``
-    pruned_blocks, unified_blocks : int
-        Of the whole array; multiples of its number of rows.
-
-    Raises
-    ------
-    InputError
-        Counts that the rows cannot share equally, or as `assign_types`.
-
-    Notes
-    -----
-    Source: k of n per row group, as in dynamic probabilistic pruning: Gonzalez-Carabarin et al., "Dynamic Probabilistic
-    Pruning: A General Framework for Hardware-Constrained Pruning at Different Granularities", IEEE TNNLS 2022. The constraint
-    does not couple rows, so the best of every row is the best of all.
-
-    Examples
-    --------
-    >>> assign_types_by_row(np.array([[1, 2], [8, 9]]), np.zeros((2, 2), int), 2, 2).tolist()
-    [[0, 1], [0, 1]]
-    """
-    types, _ = assign_with_cost(
-        [prune_cost, unify_cost], pruned_blocks, unified_blocks, method, balanced_rows=True
-    )
-    return types
 
 
 def _check_assignment(prune_cost: NDArray, unify_cost: NDArray, pruned: int, unified: int) -> None:

@@ -290,7 +290,7 @@ def project_to_counts(
     pruned_blocks, unified_blocks : int
         Of all groups together.
     balanced_rows : bool
-        The same counts in every block row; see `assign_types_by_row`.
+        The same counts in every block row; see `compress.assign.assign_types`.
 
     Raises
     ------

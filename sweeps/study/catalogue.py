@@ -135,7 +135,6 @@ def _resnet20(seed: int) -> Iterator[Run]:
 def longer() -> Iterator[Run]:
     """What twice the epochs of compression give, 4×4 blocks, beside a dense network of as many epochs and single weights."""
     for seed in range(5):
-        yield _longer(_lenet5("start", seed))
         yield _longer(_lenet5("dense", seed))
         for index in range(len(POINTS)):
             yield _longer(_budget(seed, index, (4, 4)))
@@ -143,7 +142,7 @@ def longer() -> Iterator[Run]:
 
 
 def _longer(run: Run) -> Run:
-    return run if run.method == "start" else replace(run, variant=TWICE, training=LONGER)
+    return replace(run, variant=TWICE, training=LONGER)
 
 
 def ablation() -> Iterator[Run]:

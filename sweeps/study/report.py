@@ -336,7 +336,7 @@ def _twice_as_long(longer: Sequence[Run], dense: Sequence[Run], results: Sequenc
     )
     yield ""
     rows = rows_of(longer, results)
-    compressed = [run for run in longer if run.method not in (COMPARED, "start")]
+    compressed = [run for run in longer if run.method != COMPARED]
     to_shorter = {row.run.group: row.difference for row in rows_of([*dense, *compressed], results)}
 
     def line(row: Row) -> str:
@@ -363,8 +363,7 @@ def _twice_as_long(longer: Sequence[Run], dense: Sequence[Run], results: Sequenc
         "| bytes | n |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    trained = [row for row in rows if row.run.method != "start"]
-    yield from _listed(header, trained, line)
+    yield from _listed(header, rows, line)
     yield from _goals(rows)
 
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress import assign_device, projection
 from compress.admm import ADMM
-from compress.assign import assign_types, assign_types_by_row
+from compress.assign import assign_types
 from compress.assign_device import assign_on_device
 from compress.loop import Gradients, LossLog
 from compress.projection import project, project_to_counts
@@ -76,8 +76,7 @@ def costs(draw):
 @given(costs(), st.sampled_from(["exact", "prune_first"]))
 def test_the_device_assigns_the_very_same_types(case, method):
     prune, unify, pruned, unified, balanced = case
-    assign = assign_types_by_row if balanced else assign_types
-    expected = assign(prune, unify, pruned, unified, method)
+    expected = assign_types(prune, unify, pruned, unified, method, balanced_rows=balanced)
     types, total = assign_on_device(
         torch.from_numpy(prune), torch.from_numpy(unify), pruned, unified, method, balanced
     )

@@ -19,12 +19,10 @@ from compress import zoo
 from compress.any_network import compress_network
 from compress.artifact import MAX_SHIFT, integer_weight
 from compress.fit import compress
-from compress.integer import (
-    IntegerModel,
-    make_requantizer,
-    quantize_activations,
-)
 from compress.integer import arithmetic as module
+from compress.integer.arithmetic import make_requantizer
+from compress.integer.calibration import quantize_activations
+from compress.integer.model import IntegerModel
 from compress.layers import CompressedLayer
 from compress.rebuild import rebuild, rebuild_integer
 from compress.rules import CompressionConfig, Recipe

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 
 from compress import assign, projection
-from compress.assign import assign_types, assign_types_by_row
+from compress.assign import assign_types
 from compress.blocks import expand_blocks, weight_to_matrix
 from compress.projection import block_costs, project, project_to_counts
 from hwsim.errors import InputError
@@ -329,7 +329,7 @@ def test_balanced_rows_are_the_best_under_their_constraint(data):
     )
     pruned = data.draw(st.integers(0, columns))
     unified = data.draw(st.integers(0, columns - pruned))
-    types = assign_types_by_row(prune_cost, unify_cost, rows * pruned, rows * unified)
+    types = assign_types(prune_cost, unify_cost, rows * pruned, rows * unified, balanced_rows=True)
     for row in types:
         assert_counts(row, pruned, unified)
     assert total_cost(types, prune_cost, unify_cost) == best_balanced(prune_cost, unify_cost, pruned, unified)
@@ -341,7 +341,7 @@ def test_balanced_rows_are_the_best_under_their_constraint(data):
 def test_balanced_rows_need_counts_that_rows_can_share():
     costs = np.ones((3, 4))
     with pytest.raises(InputError, match="cannot be shared equally by 3 block rows") as error:
-        assign_types_by_row(costs, costs, 4, 5)
+        assign_types(costs, costs, 4, 5, balanced_rows=True)
     assert [problem.field for problem in error.value.problems] == ["pruned_blocks", "unified_blocks"]
 
 
