@@ -17,6 +17,7 @@ from compress.budget import Budget, as_budget
 from compress.file_budget import within_file_bytes, within_measured
 from compress.fit import Batches, CompressionResult, LossFunction, compress
 from compress.integer.calibration import quantize_activations, width_problems
+from compress.merit import figure_of_merit
 from compress.one_shot import OneShotRecipe, OneShotResult
 from compress.one_shot import one_shot as run_one_shot
 from compress.plain import PlainNetwork, to_plain
@@ -208,8 +209,7 @@ def _packed(
         batch_size=batch_size,
     )
     figures, procedure, results = _procedure(result)
-    if evaluate is not None:
-        figures["integer"] = float(evaluate(integers))  # type: ignore[arg-type]
+    figures["integer"] = figure_of_merit(evaluate, integers)
     outside = [f"{row['name']} runs outside the array: {row['reason']}" for row in untreated]
     asked = [layer.settings.permute_channels for layer in plan.layers]
     how = {

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -39,6 +40,8 @@ __all__ = [
     "matrix_to_weight",
     "save_artifact",
 ]
+
+_log = logging.getLogger(__name__)
 
 ARTIFACT_FORMAT, ARTIFACT_VERSION = "hwsim-compressed", 2
 
@@ -195,8 +198,23 @@ def save_artifact(path: str | Path, artifact: Artifact, preset: str = "small") -
     ------
     InputError
         Integers that do not fit their bits, parameters that are not finite, a full disk: nothing is written.
+
+    Notes
+    -----
+    A network above the limit of `load_artifact` is written all the same, with a warning that says how to read it.
     """
-    return write_container(path, *_file_parts(artifact, preset))
+    size_bytes = write_container(path, *_file_parts(artifact, preset))
+    count = _parameters(artifact.weight_shapes.values(), artifact.state)
+    if count > DEFAULT_MAX_WEIGHTS:
+        _log.warning(
+            "%s holds %s parameters, above the limit of %s for files of unknown origin: load_artifact(path, max_weights=%d)",
+            path, f"{count:,}", f"{DEFAULT_MAX_WEIGHTS:,}", count,
+        )  # fmt: skip
+    return size_bytes
+
+
+def _parameters(weight_shapes: Iterable[tuple[int, ...]], state: Mapping[str, NDArray]) -> int:
+    return sum(map(math.prod, weight_shapes)) + sum(values.size for values in state.values())
 
 
 def artifact_size(artifact: Artifact, preset: str = "small") -> int:
@@ -222,7 +240,11 @@ def load_artifact(path: str | Path, max_weights: int = DEFAULT_MAX_WEIGHTS) -> A
     """
     plain, tensors = read_container(path, ARTIFACT_FORMAT, 1, ARTIFACT_VERSION)
     source = str(path)
-    content = _read_packed(plain, tensors, source) if plain else _read_coded(tensors, source, max_weights)
+    content = (
+        _read_packed(plain, tensors, source, max_weights)
+        if plain
+        else _read_coded(tensors, source, max_weights)
+    )
     header = content.header
     artifact = Artifact(
         network=header.network,
@@ -347,9 +369,15 @@ def _read_coded(tensors: Mapping[str, NDArray], source: str, max_weights: int) -
     return _Content(header, found.layers, found.weight_shapes, found.state, header.activations)
 
 
-def _read_packed(plain: Mapping[str, Any], tensors: Mapping[str, NDArray], source: str) -> _Content:
+def _read_packed(
+    plain: Mapping[str, Any], tensors: Mapping[str, NDArray], source: str, max_weights: int
+) -> _Content:
     """Version 1: a plain header, and one tensor per stream."""
     header = _parse(_PackedHeader, json.dumps(plain).encode(), source)
+    announced = _parameters((part.weight_shape for part in header.layers), {})
+    if announced > max_weights:
+        message = f"{announced:,} weights announced, more than {max_weights:,}"
+        raise FormatError(source, Problem("layers", message))
     problems: list[Problem] = []
     layers: dict[str, CompressedLayer] = {}
     for part in header.layers:

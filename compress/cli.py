@@ -200,7 +200,8 @@ def train(
 @click.option(
     "--preset",
     type=click.Choice(["small", "fast"]),
-    help="Coarser integers for a small file, coded with all effort or quickly; without it the integers stay as trained.",
+    help="Coarser integers for a small file, coded with all effort or quickly; without it the integers stay as trained. "
+    "ONNX files and packaged networks keep their integers: there it is the effort of the coder alone.",
 )
 @click.option(
     "--max-loss",

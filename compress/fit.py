@@ -17,6 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 from compress.admm import ADMM, Residual, project_to_types
 from compress.layers import CompressedLayer
 from compress.loop import Gradients, LossLog
+from compress.merit import figure_of_merit
 from compress.parallel import from_main, gathered, ranks, same_start
 from compress.permute import Permutation, permute_channels
 from compress.retrain import MaskedRetraining
@@ -511,11 +512,9 @@ def _batches(train_data: Batches | tuple[Tensor, Tensor], recipe: Recipe) -> Bat
 
 
 def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], float] | None) -> float | None:
-    if evaluate is None:
-        return None
-    model.eval()
-    with torch.no_grad():
-        return float(evaluate(model))
+    if evaluate is not None:
+        model.eval()
+    return figure_of_merit(evaluate, model)
 
 
 def _cosine(start: float, floor: float, done: float) -> float:

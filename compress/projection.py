@@ -333,7 +333,7 @@ def layer_costs(
     curvature: Tensor | None = None,
     name: str = "weight",
 ) -> BlockCosts:
-    """`block_costs` of a weight in its own shape, safe to compare: finite, and in float64 where float32 would underflow.
+    """`block_costs` of a weight in its own shape, safe to compare: in float32 or, where that would underflow, in float64.
 
     Raises
     ------
@@ -345,7 +345,7 @@ def layer_costs(
     problems = []
     if h is not None and not bool(((h.weight >= 0) & (h.weight < torch.inf)).all()):
         problems.append(Problem("curvature", "holds a negative, NaN or infinite entry; all must be ≥ 0"))
-    costs = _costs(rows, block, h, weight.dtype)
+    costs = _costs(rows, block, h, torch.promote_types(weight.dtype, torch.float32))
     # A NaN needs no search of its own: it ends up in its block's cost.
     largest = float(costs.prune.max())
     if not problems and _SMALLEST_SAFE_COST < largest < math.inf:
@@ -378,7 +378,7 @@ def _device_costs(
     if curvature is not None:
         curvature = curvature.to(weight)
         h, h_scale = _Rows.of(curvature, groups, column_order), _to_one(curvature)
-    costs = _costs(rows, block, h, weight.dtype, (scale, h_scale))
+    costs = _costs(rows, block, h, torch.promote_types(weight.dtype, torch.float32), (scale, h_scale))
     return costs._replace(magnitude=costs.magnitude / scale), 1 / (scale.double().square() * h_scale.double())
 
 

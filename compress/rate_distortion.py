@@ -388,17 +388,9 @@ def coarsen_network(
     layers: Mapping[str, CompressedLayer],
     curvature: Mapping[str, Curvature],
     multiplier: float,
-    *,
-    weight_bits: int | None = None,
-    magnitude_bits: int | None = None,
 ) -> dict[str, CompressedLayer]:
     """`coarsen` for every layer; the weights of the model follow."""
-    coarse = {
-        name: coarsen(
-            layer, curvature[name], multiplier, weight_bits=weight_bits, magnitude_bits=magnitude_bits
-        )
-        for name, layer in layers.items()
-    }
+    coarse = {name: coarsen(layer, curvature[name], multiplier) for name, layer in layers.items()}
     set_weights(model, coarse)
     return coarse
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, nn
 
@@ -113,12 +114,29 @@ def write_run(folder: str | Path, identity: Mapping[str, Any], state: RunState) 
         "accuracies": state.accuracies,
         "identity": dict(identity),
     }
-    tensors = {
-        f"{part}/{name}": values.detach().cpu().numpy()
+    tensors = dict(
+        _stored(f"{part}/{name}", values.detach().cpu())
         for part in _PARTS
         for name, values in getattr(state, part).items()
-    }
+    )
     write_container(Path(folder) / RUN_FILE, header, tensors)
+
+
+_BFLOAT16 = "bfloat16:"
+"""In front of the key of a tensor that is stored as 16-bit integers: NumPy has no such numbers."""
+
+
+def _stored(key: str, tensor: Tensor) -> tuple[str, NDArray]:
+    if tensor.dtype == torch.bfloat16:
+        return _BFLOAT16 + key, tensor.view(torch.int16).numpy()
+    return key, tensor.numpy()
+
+
+def _restored(key: str, values: NDArray) -> tuple[str, Tensor]:
+    tensor = torch.from_numpy(values.copy())
+    if key.startswith(_BFLOAT16):
+        return key.removeprefix(_BFLOAT16), tensor.view(torch.bfloat16)
+    return key, tensor
 
 
 def read_run(folder: str | Path, identity: Mapping[str, Any]) -> RunState | None:
@@ -143,11 +161,12 @@ def read_run(folder: str | Path, identity: Mapping[str, Any]) -> RunState | None
     if problems:
         raise InputError(str(path), problems)
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
-    for key, values in arrays.items():
+    for stored_key, values in arrays.items():
+        key, tensor = _restored(stored_key, values)
         part, _, name = key.partition("/")
         if part not in parts:
             raise FormatError(str(path), Problem(key, "unknown tensor"))
-        parts[part][name] = torch.from_numpy(values.copy())
+        parts[part][name] = tensor
     return RunState(header.phase, header.epoch, header.accuracies, **parts)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 
 from compress import zoo
 from compress.codec import encode_network
-from compress.codec_bench import peer_nncodec, worker
+from compress.codec_bench import worker
 from compress.codec_bench.networks import (
     EXACT_BITS,
     Problem,
@@ -31,6 +29,7 @@ from compress.codec_bench.networks import (
     packaged_weights,
     save_problem,
 )
+from compress.codec_bench.processes import in_process, run_nncodec
 from compress.curvature import Curvature, curvatures
 from compress.data import Dataset, load_dataset
 from compress.layers import CompressedLayer
@@ -216,7 +215,7 @@ def _best_of_nncodec(
     python: Path, problem: Problem, model: nn.Module, images: _Images, least: float, folder: Path
 ) -> dict[str, Any]:
     """NNCodec at every qp, and its smallest file that is good enough on the validation images."""
-    points = _run_nncodec(python, problem, QP_ACCURACY, REPEATS, folder, keep=True)
+    points = run_nncodec(python, problem.weights(), QP_ACCURACY, folder, REPEATS)
     decoded = copy.deepcopy(model)
     for point in points:
         with np.load(folder / f"qp{point['qp']}.npz", allow_pickle=False) as stored:
@@ -327,7 +326,7 @@ def _error_rows(
         folder = Path(name)
         points: list[dict[str, Any]] = [{"qp": qp} for qp in QP_ERROR]
         if nncodec is not None:
-            points = _run_nncodec(nncodec, problem, QP_ERROR, 1, folder, keep=True)
+            points = run_nncodec(nncodec, given, QP_ERROR, folder)
         for point in points:
             row: dict[str, Any] = {
                 "network": package,
@@ -385,20 +384,6 @@ def _at_least(problem: Problem, given: dict[str, np.ndarray], target_db: float) 
 # --- processes of their own
 
 
-def _run_nncodec(
-    python: Path, problem: Problem, qp: tuple[int, ...], repeats: int, folder: Path, *, keep: bool
-) -> list[dict[str, Any]]:
-    with (folder / "weights.npz").open("wb") as file:
-        np.savez(file, allow_pickle=False, **problem.weights())
-    job = {
-        "weights": str(folder / "weights.npz"),
-        "qp": list(qp),
-        "repeats": repeats,
-        "decoded": str(folder) if keep else "",
-    }
-    return _in_process([str(python), peer_nncodec.__file__], job, folder)
-
-
 def _measure_ours(
     problem: Problem, rounding: Rounding, bits: int, repeats: int, folder: Path
 ) -> dict[str, Any]:
@@ -410,19 +395,5 @@ def _measure_ours(
         "bits": bits,
         "repeats": repeats,
     }
-    results = _in_process([sys.executable, "-m", worker.__name__], job, folder)
+    results = in_process([sys.executable, "-m", worker.__name__], job, folder)
     return {result.pop("preset"): result for result in results}
-
-
-def _in_process(command: list[str], job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    path = folder / "job.json"
-    path.write_text(json.dumps(job))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, env=environment, check=False)
-    result = path.with_suffix(".result.json")
-    if done.returncode or not result.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(" ".join(command[:2]), f"failed with exit code {done.returncode}: {last}")
-    outcome = json.loads(result.read_text())
-    result.unlink()
-    return outcome

@@ -90,8 +90,7 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     decoded = nncodec.nn.decode(stream)
                 decode_s.append(time.process_time() - start)
-            if job["decoded"]:
-                np.savez(Path(job["decoded"]) / f"qp{qp}.npz", **decoded)
+            np.savez(Path(job["decoded"]) / f"qp{qp}.npz", **decoded)
             peak_kib = memory_kib("VmHWM") - imports_kib
             results.append(
                 {

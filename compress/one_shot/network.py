@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.blocks import weight_to_matrix
 from compress.layers import CompressedLayer
+from compress.merit import figure_of_merit
 from compress.one_shot.observe import Observed, Observer, Step, execution
 from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
@@ -164,7 +165,7 @@ def one_shot(
     batches = _batches(inputs, recipe)
     files = LayerFiles.open(checkpoint, _identity(model, plan, recipe, batches))
     with evaluation_mode(model):
-        before = None if evaluate is None else float(evaluate(model))
+        before = figure_of_merit(evaluate, model)
         permutation = Permutation((), ())
         if any(layer.settings.permute_channels for layer in plan.layers):
             permutation = permute_channels(model, plan, batches[0])
@@ -190,7 +191,7 @@ def one_shot(
                 progress(OneShotProgress(step.layer.name, number, len(order)))
         layers = {layer.name: layers[layer.name] for layer in plan.layers}
         check_invariants(plan, layers)
-        after = None if evaluate is None else float(evaluate(model))
+        after = figure_of_merit(evaluate, model)
     return OneShotResult(layers, plan, recipe, permutation, tuple(errors), tuple(warnings), before, after)
 
 
@@ -283,8 +284,15 @@ def _compress_layer(
     takes_shift = recipe.refit_bias and (has_bias or step.norm is not None)
     fitted = observed.centred() if takes_shift else observed
     quadratic = Quadratic.of_products(fitted.products, fitted.cross, weight, recipe.damping)
-    solution = solve(layer, quadratic, recipe)
-    compressed = quantized(layer, solution.form, quadratic)
+    try:
+        solution = solve(layer, quadratic, recipe)
+        compressed = quantized(layer, solution.form, quadratic)
+    except torch.linalg.LinAlgError:
+        message = (
+            f"{recipe.damping}: so little that the Hessian of these calibration inputs is singular in float64"
+        )
+        hint = "give more calibration inputs or more damping; the default is 0.01"
+        raise InputError(f"layer {layer.name}", Problem("damping", message, hint)) from None
     if judge is not None:
         parameter.copy_(dequantize(plain, layer.weight_shape))
         lost_plain = judge.loss(observer.model)

@@ -162,7 +162,8 @@ def ablation() -> Iterator[Run]:
                 yield replace(full, variant=variant, training=replace(training, **changes))
             yield replace(full, variant="no permutation", permute=False)
             joint = _joint(seed, index, (4, 4))
-            yield replace(joint, method="budget", variant="no budget: one ratio", permute=True)
+            joint = replace(joint, method="budget", permute=True, exempt_first_last=False)
+            yield replace(joint, variant="no budget: one ratio")
 
 
 def generality() -> Iterator[Run]:

@@ -111,7 +111,7 @@ def train_dense(
             if state_folder is not None:
                 random = {"torch": torch.get_rng_state(), "data": order.get_state()}
                 state = RunState(
-                    "retrain", epoch, {}, model.state_dict(), optimizer_tensors(optimizer), {}, {}, random
+                    "train", epoch, {}, model.state_dict(), optimizer_tensors(optimizer), {}, {}, random
                 )
                 write_run(state_folder, identity, state)
     model.eval()

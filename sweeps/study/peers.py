@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from compress.artifact import load_artifact
-from compress.codec_bench import peer_nncodec
+from compress.codec_bench.processes import run_nncodec
 from compress.pretrained import load_pretrained
 from compress.rebuild import rebuild
 from hwsim.errors import InputError, Problem
@@ -78,10 +77,8 @@ def _code_original(run: Run, folder: StudyFolder, python: Path, say: Callable[[s
     weights = treated_layers(model)
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        with (place / "weights.npz").open("wb") as file:
-            arrays = {key: values.detach().numpy() for key, values in weights.items()}
-            np.savez(file, allow_pickle=False, **arrays)
-        for point in _run_nncodec(python, place):
+        arrays = {key: values.detach().numpy() for key, values in weights.items()}
+        for point in run_nncodec(python, arrays, QP, place):
             with np.load(place / f"qp{point['qp']}.npz", allow_pickle=False) as stored, torch.no_grad():
                 for key, values in weights.items():
                     values.copy_(torch.from_numpy(stored[key]).reshape(values.shape))
@@ -100,9 +97,7 @@ def _best_within(
     }
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        with (place / "weights.npz").open("wb") as file:
-            np.savez(file, allow_pickle=False, **tensors)
-        points = _run_nncodec(python, place)
+        points = run_nncodec(python, tensors, QP, place)
         fitting = [point for point in points if point["size_bytes"] <= run.target_bytes]
         chosen = (
             min(fitting, key=lambda point: point["qp"])
@@ -125,16 +120,3 @@ def _trained_network(run: Run, task: Task, examples: Examples, folder: StudyFold
     if run.width < 1 and task.narrow is not None:
         start = task.narrow(start, run.width)
     return rebuild(artifact, lambda: copy.deepcopy(start))
-
-
-def _run_nncodec(python: Path, place: Path) -> list[dict[str, Any]]:
-    job = {"weights": str(place / "weights.npz"), "qp": list(QP), "repeats": 1, "decoded": str(place)}
-    (place / "job.json").write_text(json.dumps(job))
-    command = [str(python), peer_nncodec.__file__, str(place / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    result = place / "job.result.json"
-    if done.returncode or not result.exists():
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(" ".join(command[:2]), f"failed with exit code {done.returncode}: {last}")
-    found: list[dict[str, Any]] = json.loads(result.read_text())
-    return found

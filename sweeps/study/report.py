@@ -417,9 +417,9 @@ def _choice(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
     yield (
         "Measured on the last 5,000 training images, which these runs did not train on, with a seed that no other run "
         "has: what another recipe would give. The one in use is the default of `compress`, found earlier on 20,000 "
-        "images, with distillation. Shares of pruned blocks and budgets were set by the bytes of short runs on 12,000 "
-        "images, so that mild rounding meets the target. Test images chose nothing. One such accuracy has a standard "
-        "error of 0.4 points, so these tell bad recipes from good ones and no more."
+        "images, with distillation, batches of 128 and bf16. Shares of pruned blocks and budgets were set by the bytes of "
+        "short runs on 12,000 images, so that mild rounding meets the target. Test images chose nothing. One such "
+        "accuracy has a standard error of 0.4 points, so these tell bad recipes from good ones and no more."
     )
     yield ""
     header = ["| point | recipe | accuracy % on held-out training images |", "|---|---|---|"]

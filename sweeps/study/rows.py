@@ -87,7 +87,7 @@ def rows_of(runs: Sequence[Run], results: Iterable[Result]) -> list[Row]:
 
 def measure_of(task: str) -> Measure:
     """How the quality of a task is shown."""
-    return MEASURES.get(task, Measure("accuracy", "accuracy %", 100.0, 2, True))
+    return MEASURES.get(task, Measure("accuracy", "accuracy %", 100.0, 2))
 
 
 def value_of(result: Result) -> float:

@@ -23,24 +23,22 @@ class Measure:
         From the stored value to the unit.
     digits : int
         Behind the point.
-    larger_is_better : bool
     """
 
     name: str
     title: str
     factor: float
     digits: int
-    larger_is_better: bool
 
 
-_AGREEMENT = Measure("agreement", "agreement with fp32 %", 100.0, 1, True)
-_ACCURACY = Measure("accuracy", "accuracy %", 100.0, 2, True)
+_AGREEMENT = Measure("agreement", "agreement with fp32 %", 100.0, 1)
+_ACCURACY = Measure("accuracy", "accuracy %", 100.0, 2)
 MEASURES: Mapping[str, Measure] = MappingProxyType(
     {
         "lenet5": _ACCURACY,
         "resnet20": _ACCURACY,
-        "autoencoder": Measure("mse", "MSE × 1000", 1000.0, 3, False),
-        "crepe": Measure("pitch_accuracy", "pitch accuracy %", 100.0, 2, True),
+        "autoencoder": Measure("mse", "MSE × 1000", 1000.0, 3),
+        "crepe": Measure("pitch_accuracy", "pitch accuracy %", 100.0, 2),
         "efficientnet-lite0": _AGREEMENT,
         "mobilenetv2": _AGREEMENT,
         "minilm-l6": _AGREEMENT,

@@ -64,10 +64,9 @@ class Task:
 
     Attributes
     ----------
-    name, title : str
+    name : str
     measure : str
         The quality that tables show.
-    larger_is_better : bool
     network : str
         In the zoo; empty for a network that only this task builds.
     build : callable
@@ -90,9 +89,7 @@ class Task:
     """
 
     name: str
-    title: str
     measure: str
-    larger_is_better: bool
     network: str
     build: Callable[[int], nn.Module]
     examples: Callable[[], Examples]
@@ -222,7 +219,6 @@ def _pitch_quality(model: nn.Module, test: tuple[Tensor, Tensor]) -> dict[str, f
 
 _SAME_FOR_IMAGES = {
     "measure": "accuracy",
-    "larger_is_better": True,
     "examples": _classes,
     "loss": _cross_entropy,
     "distance": _softened,
@@ -231,7 +227,6 @@ _SAME_FOR_IMAGES = {
 _ALL = (
     Task(
         name="lenet5",
-        title="LeNet-5 (20-50-500-10) on Fashion-MNIST",
         network="lenet5",
         build=lambda seed: zoo.build("lenet5", 10, seed),
         narrow=narrow_lenet5,
@@ -239,7 +234,6 @@ _ALL = (
     ),
     Task(
         name="resnet20",
-        title="ResNet-20 for 28×28 images on Fashion-MNIST",
         network="resnet20",
         build=lambda seed: zoo.build("resnet20", 10, seed),
         narrow=narrow_resnet,
@@ -248,9 +242,7 @@ _ALL = (
     ),
     Task(
         name="autoencoder",
-        title="convolutional autoencoder (64 numbers) on Fashion-MNIST",
         measure="mse",
-        larger_is_better=False,
         network="",
         build=autoencoder,
         examples=_pictures,
@@ -261,9 +253,7 @@ _ALL = (
     ),
     Task(
         name="crepe",
-        title="CREPE-tiny, the pitch of synthesised tones",
         measure="pitch_accuracy",
-        larger_is_better=True,
         network="",
         build=pitch.crepe_tiny,
         examples=_tones,

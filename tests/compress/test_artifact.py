@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_edits_of_version_1_are_refused(tmp_path: Path, edit: Callable[..., Any]
     tensors = {name: part.copy() for name, part in safetensors.numpy.load(VERSION_1.read_bytes()).items()}
     edit(header, tensors)
     assert message in str(refused(tmp_path / "model", container_bytes(header, tensors)))
+
+
+def test_a_file_of_version_1_never_asks_for_more_memory_than_allowed(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="weights announced, more than 100"):
+        load_artifact(VERSION_1, max_weights=100)
+    length = int.from_bytes(VERSION_1.read_bytes()[:8], "little")
+    header = json.loads(json.loads(VERSION_1.read_bytes()[8 : 8 + length])["__metadata__"]["hwsim"])
+    header.pop("sha256")
+    header["layers"][0].update(weight_shape=[1 << 33, 1 << 33])
+    content = container_bytes(header, safetensors.numpy.load(VERSION_1.read_bytes()))
+    assert "weights announced" in str(refused(tmp_path / "model", content))
 
 
 # --- there and back
@@ -414,6 +426,42 @@ def test_a_header_that_unpacks_to_too_much_is_refused(
 def test_edits_with_a_new_checksum_are_still_refused(tmp_path: Path, small: bytes, name: str) -> None:
     edit, message = EDITS[name]
     assert message in str(refused(tmp_path / "model", edited(small, edit)))
+
+
+def test_damaged_headers_with_a_new_checksum_never_end_in_anything_but_an_error_of_ours(
+    tmp_path: Path, small: bytes
+) -> None:
+    path, random = tmp_path / "model", np.random.default_rng(0)
+    tensors = safetensors.numpy.load(small)
+    text = zlib.decompress(tensors["header"].tobytes())
+    passed = 0
+    for turn in range(600):
+        damaged = bytearray(tensors["header"].tobytes() if turn % 3 == 0 else text)
+        for position in random.integers(0, len(damaged), 1 + turn % 4):
+            damaged[position] = random.integers(32, 127) if turn % 3 else random.integers(0, 256)
+        packed_header = bytes(damaged) if turn % 3 == 0 else zlib.compress(bytes(damaged), 1)
+        parts = tensors | {"header": np.frombuffer(packed_header, np.uint8)}
+        path.write_bytes(container_bytes({"format": "hwsim-compressed", "version": 2}, parts))
+        try:
+            load_artifact(path)
+            passed += 1  # another digit of a figure is another valid file
+        except FormatError:
+            continue
+    assert passed < 300
+
+
+def test_a_network_above_the_reading_limit_is_written_with_a_warning(
+    tmp_path: Path, example: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_artifact(tmp_path / "model", example)
+    assert not caplog.text
+    count = sum(map(math.prod, example.weight_shapes.values())) + sum(v.size for v in example.state.values())
+    monkeypatch.setattr(artifact_module, "DEFAULT_MAX_WEIGHTS", count - 1)
+    save_artifact(tmp_path / "model", example)
+    assert f"max_weights={count}" in caplog.text
+    assert same(load_artifact(tmp_path / "model", max_weights=count), example)
+    with pytest.raises(FormatError):
+        load_artifact(tmp_path / "model", max_weights=count - 1)
 
 
 def test_an_edit_of_nothing_is_accepted(tmp_path: Path, small: bytes) -> None:

@@ -26,6 +26,7 @@ from compress.codec_bench.networks import (
     packaged_weights,
     save_problem,
 )
+from compress.codec_bench.processes import run_nncodec
 from compress.codec_bench.report import markdown
 from compress.curvature import Curvature
 from hwsim.errors import InputError
@@ -127,7 +128,7 @@ def test_one_step_is_what_a_worker_encodes(tmp_path: Path) -> None:
 
 def test_a_python_without_nncodec_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No module named 'nncodec'"):
-        compare._run_nncodec(Path(sys.executable), problem(), (-20,), 1, tmp_path, keep=False)
+        run_nncodec(Path(sys.executable), problem().weights(), (-20,), tmp_path)
     result = CliRunner().invoke(
         codec_bench, ["--nncodec", str(tmp_path / "none"), "--out", str(tmp_path)], standalone_mode=False
     )

@@ -222,6 +222,15 @@ def test_fewer_samples_than_inputs_are_enough_to_run() -> None:
         assert math.isfinite(error(model, original, samples(20, seed=4)))
 
 
+def test_too_little_damping_is_refused_by_name() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64))
+        inputs = torch.randn(8, 64)
+    with pytest.raises(InputError, match=r"layer 0: damping: 1e-15"):
+        one_shot(model, inputs, ALL, OneShotRecipe(damping=1e-15))
+
+
 def test_batches_of_any_size_give_the_same_errors() -> None:
     """Without ADMM: sums in another order may send its signs another way."""
     found = []

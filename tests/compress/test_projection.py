@@ -238,6 +238,16 @@ def test_with_curvature_the_projection_is_nearest_in_its_norm():
     torch.testing.assert_close(uniform.weight, plain.weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_choose_as_float32_does(dtype):
+    weight = random_weight((24, 40)).to(dtype)
+    narrow, wide = project(weight, (4, 4), 0.3, 0.4), project(weight.float(), (4, 4), 0.3, 0.4)
+    assert narrow.weight.dtype == dtype
+    assert torch.equal(narrow.types, wide.types)
+    assert torch.equal(narrow.weight, wide.weight.to(dtype))
+    assert narrow.distance == wide.distance
+
+
 def test_a_block_without_curvature_costs_nothing_and_keeps_its_mean():
     costs = block_costs(torch.tensor([[[1.0, -3.0]]]), (1, 2), torch.zeros(1, 1, 2))
     assert [float(value) for value in costs] == [2.0, 0.0, 0.0]

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compress.admm import ADMM
+from compress.artifact import save_artifact
 from compress.blocks import expand_blocks, weight_to_matrix
 from compress.fit import Recipe, _Teacher, compress
 from compress.quantize import dequantize
+from compress.rebuild import make_artifact
 from compress.retrain import MaskedRetraining, check_invariants
 from compress.rules import CompressionConfig, plan_layers
 from hwsim.errors import InputError
@@ -422,6 +424,23 @@ def test_one_shot_says_so():
     assert result.residuals == ()
     assert "one-shot" in result.warnings[0]
     assert result.accuracy_dense is None
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf")])
+def test_a_figure_that_no_file_holds_is_left_out_and_nothing_is_lost(tmp_path, caplog, figure):
+    model = network()
+    result = compress(
+        model,
+        CONFIG,
+        data(),
+        Recipe(epochs_admm=1, epochs_retrain=1),
+        evaluate=lambda _: figure,
+        checkpoint=tmp_path,
+    )
+    assert (result.accuracy_dense, result.accuracy_projected, result.accuracy_retrained) == (None, None, None)
+    assert f"evaluate gave {figure}" in caplog.text
+    artifact = make_artifact(model, result.layers, (1, 4, 4), 4)
+    save_artifact(tmp_path / "model", artifact)
 
 
 def test_an_interrupt_passes_through_and_the_model_stays_usable():

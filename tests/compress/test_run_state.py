@@ -121,6 +121,25 @@ def test_stopped_and_resumed_is_the_same_bit_for_bit(tmp_path, uninterrupted, st
     assert (seen[0].phase, seen[0].epoch, seen[0].batch) == (phase, epoch, 1)
 
 
+def test_a_part_in_bf16_is_kept_to_the_bit(tmp_path):
+    """The method leaves such a part alone, and NumPy cannot hold it."""
+
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+            self.gain = nn.Parameter(torch.full((1, 4), 1.007, dtype=torch.bfloat16))
+
+        def forward(self, inputs):
+            return self.inner(inputs) * self.gain
+
+    with pytest.raises(Stopped):
+        run(tmp_path, stop_at("retrain", 2), model=Halved())
+    resumed = run(tmp_path, model=Halved())
+    assert resumed[0].gain.dtype == torch.bfloat16
+    assert_same(resumed, run(model=Halved()))
+
+
 def test_writing_checkpoints_changes_nothing_and_a_finished_run_only_repeats_its_end(tmp_path, uninterrupted):
     assert_same(run(tmp_path), uninterrupted)
     seen = []
