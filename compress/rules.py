@@ -585,6 +585,8 @@ def _refusal(module: nn.Module, owners: Counter[int]) -> str | None:
     from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
     kind = type(module).__name__
+    if reason := getattr(module, "untreated_reason", ""):  # an operator from an ONNX file: no parameters
+        return str(reason)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm | ParametrizationList):
         return ""
     if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):

@@ -129,6 +129,11 @@ def matrix_work(
                 missing |= {"work on parameters past the modules": found}
             else:
                 shapes, missing = found
+    missing |= {
+        name: module.untreated_reason
+        for name, module in model.named_modules()
+        if getattr(module, "is_stored_product", False)
+    }
     if not shapes:
         raise InputError(
             type(model).__name__, Problem("", "no Linear or Conv1d/2d/3d ran; there is nothing to list")

@@ -120,7 +120,7 @@ def network_shapes(
     from compress.plain import to_plain
     from compress.shapes import layer_shapes
 
-    found = import_onnx(Path(network), input_shape=input_shape)
+    found = import_onnx(Path(network), input_shape=input_shape, any_batch=batch > 1)
     return layer_shapes(to_plain(found.model).model, found.input_shape, batch, dtype=found.dtype)
 
 

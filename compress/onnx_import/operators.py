@@ -29,6 +29,15 @@ class Operator(nn.Module):
         Which inputs are tensors that come in; the others are ``constants``.
     constants : dict from place to value
     attributes : dict
+
+    Attributes
+    ----------
+    numbers : dict from place to value
+        The constants that are no float tensors: sizes, axes, indices.
+    untreated_reason : str
+        Why `compress.rules.plan_layers` leaves a stored array alone that has more than one dimension; empty without one.
+    is_stored_product : bool
+        Whether it multiplies matrices of which one is stored, work that `compress.shapes.matrix_work` cannot list.
     """
 
     def __init__(
@@ -37,21 +46,41 @@ class Operator(nn.Module):
         super().__init__()
         self.kind, self.places, self.attributes = kind, tuple(places), attributes
         self.is_scale_free = kind in SCALE_FREE
-        self._plain: dict[int, Any] = {}
+        self.untreated_reason = _untreated_reason(kind, constants)
+        self.is_stored_product = kind == "MatMul" and self.untreated_reason != ""
+        self.numbers: dict[int, Any] = {}
         for place, value in constants.items():
             if isinstance(value, Tensor) and value.is_floating_point():
                 self.register_buffer(f"constant{place}", value)
             else:
-                self._plain[place] = value
+                self.numbers[place] = value
 
     def forward(self, *values: Tensor) -> Any:
-        arguments = dict(zip(self.places, values, strict=True)) | self._plain
+        arguments = dict(zip(self.places, values, strict=True)) | self.numbers
         arguments |= {int(name.removeprefix("constant")): value for name, value in self.named_buffers()}
         ordered = [arguments.get(place) for place in range(max(arguments, default=-1) + 1)]
         return OPERATORS[self.kind](*ordered, **self.attributes)
 
     def extra_repr(self) -> str:
         return self.kind
+
+
+def _untreated_reason(kind: str, constants: dict[int, Any]) -> str:
+    for place, value in constants.items():
+        if not isinstance(value, Tensor):
+            continue
+        # What scales or shifts channels (1x8x1x1) is as good as one-dimensional, like the parameters of a normalisation.
+        is_weight = kind in ("MatMul", "Gather")
+        if (value.dim() if is_weight else sum(size > 1 for size in value.shape)) < 2:
+            continue
+        stored = f"stored array of {'x'.join(map(str, value.shape))}"
+        if kind == "MatMul":
+            hint = "only one of two dimensions on the right becomes a layer"
+            return f"MatMul with a {stored} on the {('left', 'right')[place]}: {hint}"
+        if kind == "Gather":
+            return f"Gather from a {stored}: rows are looked up, nothing is multiplied"
+        return f"{kind} with a {stored}: no product of matrices"
+    return ""
 
 
 class SamePad(nn.Module):
@@ -85,7 +114,7 @@ def _list(values: Integers) -> list[int]:
 
 
 def dtype_of(code: int) -> torch.dtype:
-    """Of ONNX's TensorProto.DataType.
+    """Of ONNX's TensorProto.DataType. All floats are float32: stored weights become that, too.
 
     Raises
     ------
@@ -93,7 +122,7 @@ def dtype_of(code: int) -> torch.dtype:
     """
     return {
         1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32, 7: torch.int64, 9: torch.bool,
-        10: torch.float16, 11: torch.float64,
+        10: torch.float32, 11: torch.float32,
     }[code]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import hashlib
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,12 @@ import torch.fx
 from numpy.typing import NDArray
 from torch import nn
 
-from compress.onnx_import.operators import OPERATORS, Operator, SamePad, dtype_of
+from compress.onnx_import.batches import check_batches, free_batch
+from compress.onnx_import.modules import LAYERS, Unsupported
+from compress.onnx_import.operators import OPERATORS, Operator, dtype_of
 from hwsim.errors import FormatError, InputError, Problem, nearest_name
 
 __all__ = ["ImportedNetwork", "import_onnx"]
-
-_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_MAX_POOLS: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_MEAN_POOLS: dict[int, Any] = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
-_ZERO_PADS: dict[int, Any] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
-_NORMS: dict[int, Any] = {
-    1: nn.BatchNorm1d,
-    2: nn.BatchNorm1d,
-    3: nn.BatchNorm1d,
-    4: nn.BatchNorm2d,
-    5: nn.BatchNorm3d,
-}
 
 FIRST_OPSET, LAST_OPSET = 7, 24
 """Of ONNX's default domain; within it the operators here mean the same, but for where they take their axes from."""
@@ -50,7 +39,7 @@ class ImportedNetwork:
     input_shape : tuple of int
         Of one input, without the batch.
     dtype : torch.dtype
-        Of the input.
+        Of the input; float32 for floats of any width.
     source : str
         The file.
     sha256 : str
@@ -65,12 +54,16 @@ class ImportedNetwork:
 
 
 def import_onnx(
-    file: str | Path | bytes, source: str = "", input_shape: tuple[int, ...] | None = None
+    file: str | Path | bytes,
+    source: str = "",
+    input_shape: tuple[int, ...] | None = None,
+    *,
+    any_batch: bool = True,
 ) -> ImportedNetwork:
     """A torch network that computes what an ONNX file does.
 
     Convolutions, transposed convolutions, Gemm and MatMul with stored weights become layers, named after their weights or
-    nodes where these have readable names.
+    nodes where these have readable names. All floats are float32, whatever their width in the file.
 
     Parameters
     ----------
@@ -79,14 +72,17 @@ def import_onnx(
         What messages call the file; its path by default.
     input_shape : tuple of int, optional
         Of one input, without the batch; needed where the file leaves dimensions open.
+    any_batch : bool
+        The network must take any number of inputs at a time, which is tried out where the file states one. False will do for
+        what runs no batches but the stated.
 
     Raises
     ------
     InputError
         The extra is not installed; an operator or a use of one that is not supported, all of them at once, by node; open
-        dimensions; more than one input.
+        dimensions; more than one input; a network that holds to the batch that the file states.
     FormatError
-        Not an ONNX file.
+        Not an ONNX file, or a graph that reads values that nothing gives.
     """
     try:
         import onnx
@@ -105,17 +101,23 @@ def import_onnx(
         raise FormatError(name, f"no ONNX file: {type(error).__name__}: {error}") from None
     if not proto.graph.node:
         raise FormatError(name, "no ONNX file, or one with an empty graph")
-    graph = _Reader(proto, name)
+    graph = Reader(proto, name)
     model = graph.read()
+    model.eval()
     shape, dtype = graph.input(input_shape)
-    return ImportedNetwork(model.eval(), shape, dtype, name, hashlib.sha256(content).hexdigest())
+    batch = graph.stated_batch()
+    if batch:
+        free_batch(model, batch, shape, dtype, name)
+        if any_batch:
+            check_batches(model, batch, shape, dtype, name)
+    return ImportedNetwork(model, shape, dtype, name, hashlib.sha256(content).hexdigest())
 
 
-class _Unsupported(Exception):
-    """What this importer does not do with a node."""
+_NOBODY = "no input, initializer or node"
+_REPAIR = "onnx.checker.check_model tells more; export the network anew"
 
 
-class _Reader:
+class Reader:
     """Builds the graph, node by node; constants are folded."""
 
     def __init__(self, proto: Any, source: str) -> None:
@@ -155,6 +157,11 @@ class _Reader:
             problem = Problem("input", f"is of ONNX type {tensor.elem_type}, which is not supported")
             raise InputError(self.source, problem) from None
 
+    def stated_batch(self) -> int:
+        """The number of inputs that the file was exported for; 0 where it leaves that open."""
+        dimensions = self._inputs()[0].type.tensor_type.shape.dim
+        return max(0, dimensions[0].dim_value) if len(dimensions) else 0
+
     def _inputs(self) -> list[Any]:
         stored = {tensor.name for tensor in self.proto.graph.initializer}
         return [value for value in self.proto.graph.input if value.name not in stored]
@@ -173,19 +180,39 @@ class _Reader:
                 problems.append(Problem("opset", f"{opset.version}; {allowed}", "onnx.version_converter"))
         for value in inputs:
             self.values[value.name] = self.graph.placeholder(_identifier(value.name))
-        for index, node in enumerate(self.proto.graph.node):
-            if any(name and name not in self.values for name in node.input):
-                continue  # behind one that has been complained of
-            try:
-                self._add(node, index)
-            except _Unsupported as reason:
-                label = node.name or (node.output[0] if node.output else f"number {index}")
-                problems.append(Problem(f"node {label} ({node.op_type})", str(reason)))
+        broken = list(self._read_nodes(problems))
+        if broken:
+            raise FormatError(self.source, [*broken, *problems])
         if problems:
             raise InputError(self.source, problems)
         results = tuple(self._node(output.name) for output in self.proto.graph.output)
         self.graph.output(results[0] if len(results) == 1 else results)
         return torch.fx.GraphModule(self.root, self.graph)
+
+    def _read_nodes(self, problems: list[Problem]) -> Iterator[Problem]:
+        """Adds all nodes; what they do that is not supported goes to ``problems``, what is broken comes back."""
+        graph = self.proto.graph
+        refused = {tensor.values.name for tensor in graph.sparse_initializer}
+        for name in refused:
+            yield Problem(f"sparse_initializer {name}", "is not read", "store it as a dense initializer")
+        for index, node in enumerate(graph.node):
+            label = node.name or (node.output[0] if node.output else f"number {index}")
+            field = f"node {label} ({node.op_type})"
+            missing = [name for name in node.input if name and name not in self.values]
+            for name in missing:
+                if name not in refused:
+                    message = f'reads "{name}", which {_NOBODY} in front of it gives'
+                    yield Problem(field, message, _REPAIR)
+            try:
+                if not missing:
+                    self._add(node, index)
+            except Unsupported as reason:
+                problems.append(Problem(field, str(reason)))
+            # What stands behind a node that has been complained of is no problem of its own.
+            refused.update(name for name in node.output if name not in self.values)
+        for output in graph.output:
+            if output.name not in self.values and output.name not in refused:
+                yield Problem(f"output {output.name}", f"{_NOBODY} gives it", _REPAIR)
 
     def _node(self, name: str) -> torch.fx.Node:
         value = self.values[name]
@@ -201,19 +228,19 @@ class _Reader:
             self.values[node.output[0]] = self._constant(attributes)
             return
         if node.domain not in ("", "ai.onnx"):
-            raise _Unsupported(f"is of the domain {node.domain}; only ONNX's own operators are read")
+            raise Unsupported(f"is of the domain {node.domain}; only ONNX's own operators are read")
+        layer = LAYERS.get(node.op_type)
         if node.op_type in ("Identity", "Dropout"):
-            self.values[node.output[0]] = self.values[node.input[0]]
-            return
-        layer = _LAYERS.get(node.op_type)
-        result = layer(self, node, attributes, index) if layer is not None else None
+            result: Any = self.values[node.input[0]]
+        else:
+            result = layer(self, node, attributes, index) if layer is not None else None
         if result is None:
             result = self._operator(node, attributes, index)
         if isinstance(result, list):
             self.values |= dict(zip(node.output, result, strict=False))
         else:
             if len([name for name in node.output[1:] if name and self.uses[name]]):
-                raise _Unsupported("has more than one output that is used")
+                raise Unsupported("has more than one output that is used")
             self.values[node.output[0]] = result
 
     def _constant(self, attributes: dict[str, Any]) -> NDArray:
@@ -222,7 +249,7 @@ class _Reader:
                 return self._array(value)
             if name.startswith(("value_int", "value_float")):
                 return np.asarray(value, np.int64 if name.startswith("value_int") else np.float32)
-        raise _Unsupported("holds no tensor")
+        raise Unsupported("holds no tensor")
 
     def constant(self, name: str) -> NDArray | None:
         """The value of an input that does not depend on the network's input."""
@@ -232,8 +259,8 @@ class _Reader:
     def _operator(self, node: Any, attributes: dict[str, Any], index: int) -> Any:
         kind = node.op_type
         if kind not in OPERATORS:
-            known = (*OPERATORS, *_LAYERS, "Constant", "Identity", "Dropout")
-            raise _Unsupported(f"this operator is not supported; {nearest_name(kind, known)}")
+            known = (*OPERATORS, *LAYERS, "Constant", "Identity", "Dropout")
+            raise Unsupported(f"this operator is not supported; {nearest_name(kind, known)}")
         if kind == "Split":
             attributes.setdefault("num_outputs", len(node.output))
         places, sources, constants = [], [], {}
@@ -249,7 +276,7 @@ class _Reader:
             folded = OPERATORS[kind](*(_as_tensor(value) for value in ordered), **attributes)
             return [part.numpy() for part in folded] if isinstance(folded, tuple | list) else folded.numpy()
         module = Operator(kind, places, constants, attributes)
-        result = self.call(self._free(f"{kind.lower()}_{index}"), module, *sources)
+        result = self.call(self.free(f"{kind.lower()}_{index}"), module, *sources)
         if kind == "Split":
             return [
                 self.graph.call_function(operator.getitem, (result, part)) for part in range(len(node.output))
@@ -275,7 +302,7 @@ class _Reader:
         """A node that runs a layer; layers of the same weights and settings are one module."""
         if key in self.layers:
             return self.graph.call_module(self.layers[key], (source,))
-        self.layers[key] = self._free(name)
+        self.layers[key] = self.free(name)
         return self.call(self.layers[key], make(), source)
 
     def layer_name(self, node: Any, weight: str, index: int) -> str:
@@ -287,7 +314,7 @@ class _Reader:
             return ".".join(_identifier(piece) for part in parts[:-1] for piece in part.split(".") if piece)
         return _identifier(node.name or weight.split(".")[0]) or f"{node.op_type.lower()}_{index}"
 
-    def _free(self, name: str) -> str:
+    def free(self, name: str) -> str:
         """The name, or where a module is in the way, one like it."""
         names = {path for path, _ in self.root.named_modules()}
         layers = {path for path, module in self.root.named_modules() if type(module) is not nn.Module}
@@ -300,7 +327,7 @@ class _Reader:
     def source_node(self, node: Any, place: int = 0) -> torch.fx.Node:
         value = self.values[node.input[place]]
         if not isinstance(value, torch.fx.Node):
-            raise _Unsupported("works on constants only, which is not supported")
+            raise Unsupported("works on constants only, which is not supported")
         return value
 
 
@@ -332,270 +359,3 @@ def _plain(value: NDArray) -> Any:
 
 def _as_tensor(value: Any) -> Any:
     return torch.tensor(value) if isinstance(value, list | int | bool) else value
-
-
-def _parameter(value: NDArray) -> nn.Parameter:
-    return nn.Parameter(torch.from_numpy(np.array(value, np.float32)))
-
-
-# --- operators with weights, and those for which torch has a module
-
-
-def _set(layer: nn.Module, weight: NDArray, bias: NDArray | None) -> nn.Module:
-    layer.weight = _parameter(weight)
-    layer.register_parameter("bias", None if bias is None else _parameter(bias.reshape(-1)))
-    return layer
-
-
-def _weights(reader: _Reader, node: Any) -> tuple[NDArray, NDArray | None]:
-    weight = reader.constant(node.input[1])
-    has_bias = len(node.input) > 2 and node.input[2] != ""
-    bias = reader.constant(node.input[2]) if has_bias else None
-    if weight is None or (has_bias and bias is None):
-        raise _Unsupported("has a weight or bias that is computed from the input")
-    return weight, bias
-
-
-def _key(node: Any, attributes: dict[str, Any]) -> tuple[object, ...]:
-    return (node.op_type, *node.input[1:], str(sorted(attributes.items())))
-
-
-def _convolution(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node:
-    weight, bias = _weights(reader, node)
-    rank = weight.ndim - 2
-    if rank not in _CONVOLUTIONS:
-        raise _Unsupported(f"has {rank} spatial dimensions")
-    name = reader.layer_name(node, node.input[1], index)
-    stride, dilation = (attributes.get(key, [1] * rank) for key in ("strides", "dilations"))
-    source, padding = _padded(reader, node, attributes, weight.shape[2:], f"{name}_pad", 0.0)
-
-    def make() -> nn.Module:
-        with torch.device("meta"):
-            layer = _CONVOLUTIONS[rank](
-                weight.shape[1] * attributes.get("group", 1),
-                weight.shape[0],
-                tuple(weight.shape[2:]),
-                stride=tuple(stride),
-                padding=padding,
-                dilation=tuple(dilation),
-                groups=attributes.get("group", 1),
-            )
-        return _set(layer, weight, bias)
-
-    return reader.layer(_key(node, attributes), name, make, source)
-
-
-def _padded(
-    reader: _Reader, node: Any, attributes: dict[str, Any], kernel: Sequence[int], name: str, value: float
-) -> tuple[torch.fx.Node, tuple[int, ...]]:
-    """What a window operation reads, padded by a module where it cannot pad alike on both sides by itself."""
-    rank, source = len(kernel), reader.source_node(node)
-    stride, dilation = (attributes.get(key, [1] * rank) for key in ("strides", "dilations"))
-    automatic = attributes.get("auto_pad", "NOTSET")
-    if automatic in ("SAME_UPPER", "SAME_LOWER"):
-        if all(one == 1 for one in stride) and all(
-            d * (k - 1) % 2 == 0 for d, k in zip(dilation, kernel, strict=True)
-        ):
-            return source, tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True))
-        pad = SamePad(kernel, stride, dilation, automatic == "SAME_UPPER", value)
-        return reader.call(reader._free(name), pad, source), (0,) * rank
-    pads = [0] * 2 * rank if automatic == "VALID" else attributes.get("pads", [0] * 2 * rank)
-    before, after = pads[:rank], pads[rank:]
-    if before == after and all(pad >= 0 for pad in before):
-        return source, tuple(before)
-    if value:
-        raise _Unsupported("pads differently on both sides")
-    sides = [side for axis in reversed(range(rank)) for side in (before[axis], after[axis])]
-    return reader.call(reader._free(name), _ZERO_PADS[rank](tuple(sides)), source), (0,) * rank
-
-
-def _transposed(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node:
-    weight, bias = _weights(reader, node)
-    rank, groups = weight.ndim - 2, attributes.get("group", 1)
-    pads = attributes.get("pads", [0] * 2 * rank)
-    if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or "output_shape" in attributes:
-        raise _Unsupported("has auto_pad or output_shape")
-    if pads[:rank] != pads[rank:] or rank not in _TRANSPOSED:
-        raise _Unsupported(f"pads {pads} over {rank} dimensions: only alike on both sides, of 1 to 3")
-
-    def make() -> nn.Module:
-        with torch.device("meta"):
-            layer = _TRANSPOSED[rank](
-                weight.shape[0],
-                weight.shape[1] * groups,
-                tuple(weight.shape[2:]),
-                stride=tuple(attributes.get("strides", [1] * rank)),
-                padding=tuple(pads[:rank]),
-                output_padding=tuple(attributes.get("output_padding", [0] * rank)),
-                groups=groups,
-                dilation=tuple(attributes.get("dilations", [1] * rank)),
-            )
-        return _set(layer, weight, bias)
-
-    name = reader.layer_name(node, node.input[1], index)
-    return reader.layer(_key(node, attributes), name, make, reader.source_node(node))
-
-
-def _linear(weight: NDArray, bias: NDArray | None) -> nn.Module:
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-    return _set(layer, weight, bias)
-
-
-def _gemm(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node:
-    weight, bias = _weights(reader, node)
-    if attributes.get("transA", 0):
-        raise _Unsupported("transposes its input")
-    weight = weight if attributes.get("transB", 0) else weight.T
-    weight = weight * np.float32(attributes.get("alpha", 1.0))
-    if bias is not None and bias.ndim > 1 and bias.shape[0] > 1:
-        raise _Unsupported(f"adds a matrix {list(bias.shape)} in place of a bias")
-    if bias is not None:
-        bias = np.broadcast_to(bias.reshape(-1) * np.float32(attributes.get("beta", 1.0)), weight.shape[:1])
-    name = reader.layer_name(node, node.input[1], index)
-    return reader.layer(_key(node, attributes), name, lambda: _linear(weight, bias), reader.source_node(node))
-
-
-def _matmul(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """A layer where the right side is stored; else an operator between two results."""
-    weight = reader.constant(node.input[1])
-    if weight is None or weight.ndim != 2 or not isinstance(reader.values[node.input[0]], torch.fx.Node):
-        return None
-    name = reader.layer_name(node, node.input[1], index)
-    key = _key(node, attributes)
-    if reader.uses[node.output[0]] == 1:
-        key = (*key, node.output[0])  # an addition behind it may become its bias
-    return reader.layer(key, name, lambda: _linear(weight.T, None), reader.source_node(node))
-
-
-def _add(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """A bias that is added behind a layer becomes the layer's."""
-    for ours, theirs in ((0, 1), (1, 0)):
-        before, bias = reader.values[node.input[ours]], reader.constant(node.input[theirs])
-        if bias is None or not isinstance(before, torch.fx.Node) or reader.uses[node.input[ours]] != 1:
-            continue
-        layer = reader.of_layer.get(before)
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.bias is not None:
-            continue
-        shared = sum(1 for other in reader.graph.nodes if other.target == before.target) > 1
-        channels, rank = layer.weight.shape[0], layer.weight.dim() - 2
-        fits = (
-            bias.shape == (channels,)
-            if rank == 0
-            else bias.shape in ((channels, *(1,) * rank), (1, channels, *(1,) * rank))
-        )
-        if fits and not shared:
-            layer.bias = _parameter(bias.reshape(-1))
-            reader.layers = {key: name for key, name in reader.layers.items() if name != before.target}
-            return before
-    return None
-
-
-def _batch_norm(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """A module where a layer shows how many dimensions there are; else an operator for any number."""
-    values = [reader.constant(name) for name in node.input[1:5]]
-    if attributes.get("training_mode", 0) or any(value is None for value in values):
-        raise _Unsupported("is in training mode, or has parameters that are computed")
-    scale, shift, mean, variance = (np.array(value, np.float32) for value in values)
-    source = reader.source_node(node)
-    before = reader.of_layer.get(source)
-    if not isinstance(before, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return None
-    norm = _NORMS[before.weight.dim()](len(scale), eps=attributes.get("epsilon", 1e-5))
-    norm.weight, norm.bias = _parameter(scale), _parameter(shift)
-    norm.running_mean, norm.running_var = torch.from_numpy(mean), torch.from_numpy(variance)
-    name = reader.layer_name(node, node.input[1], index)
-    return reader.call(reader._free(name), norm, source)
-
-
-def _relu(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node:
-    return reader.call(reader._free(f"relu_{index}"), nn.ReLU(), reader.source_node(node))
-
-
-def _clip(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """Between 0 and 6 it is a ReLU6, which the requantiser can carry out."""
-    limits = [attributes.get("min"), attributes.get("max")]
-    for place, name in enumerate(node.input[1:3]):
-        value = reader.constant(name) if name else None
-        limits[place] = limits[place] if value is None else float(value)
-    if limits != [0.0, 6.0] or not isinstance(reader.values[node.input[0]], torch.fx.Node):
-        return None
-    return reader.call(reader._free(f"relu6_{index}"), nn.ReLU6(), reader.source_node(node))
-
-
-def _pool(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node:
-    kernel = attributes["kernel_shape"]
-    rank = len(kernel)
-    if rank not in _MAX_POOLS:
-        raise _Unsupported(f"has {rank} spatial dimensions")
-    is_max = node.op_type == "MaxPool"
-    settings: dict[str, Any] = {
-        "stride": tuple(attributes.get("strides", [1] * rank)),
-        "ceil_mode": bool(attributes.get("ceil_mode", 0)),
-    }
-    source, padding = _padded(reader, node, attributes, kernel, f"pad_{index}", -np.inf if is_max else 0.0)
-    if is_max:
-        pool: nn.Module = _MAX_POOLS[rank](
-            tuple(kernel),
-            padding=padding,
-            dilation=tuple(attributes.get("dilations", [1] * rank)),
-            **settings,
-        )
-    else:
-        includes = bool(attributes.get("count_include_pad", 0))
-        if any(step != 1 for step in attributes.get("dilations", ())):
-            raise _Unsupported("is dilated")
-        if source is not reader.source_node(node) and not includes:
-            raise _Unsupported("leaves a padding out of its mean that differs on both sides")
-        pool = _MEAN_POOLS[rank](tuple(kernel), padding=padding, count_include_pad=includes, **settings)
-    return reader.call(reader._free(f"{node.op_type.lower()}_{index}"), pool, source)
-
-
-def _softmax(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """Before opset 13 the axes from the given one on are taken together, and the default is the second."""
-    if max(one.version for one in reader.proto.opset_import if one.domain in ("", "ai.onnx")) < 13:
-        attributes |= {"axis": attributes.get("axis", 1), "is_flat": True}
-    return None
-
-
-def _resize(reader: _Reader, node: Any, attributes: dict[str, Any], index: int) -> torch.fx.Node | None:
-    """Refuses what torch's interpolation does not do."""
-    mode = attributes.get("mode", "nearest")
-    coordinates = attributes.get("coordinate_transformation_mode", "half_pixel")
-    known = [
-        "half_pixel",
-        "pytorch_half_pixel",
-        "align_corners",
-        *(["asymmetric"] if mode == "nearest" else []),
-    ]
-    if coordinates not in known:
-        raise _Unsupported(f"has the coordinates {coordinates}; with {mode} only {', '.join(known)}")
-    usual = {
-        "antialias": 0,
-        "exclude_outside": 0,
-        "keep_aspect_ratio_policy": "stretch",
-        "axes": None,
-        **({"cubic_coeff_a": -0.75} if mode == "cubic" else {}),
-    }
-    other = [name for name, value in usual.items() if attributes.get(name, value) != value]
-    if other:
-        raise _Unsupported(f"has {', '.join(f'{name} {attributes[name]}' for name in other)}")
-    return None
-
-
-_Layer = Callable[[_Reader, Any, dict[str, Any], int], torch.fx.Node | None]
-_LAYERS: dict[str, _Layer] = {
-    "Conv": _convolution,
-    "ConvTranspose": _transposed,
-    "Gemm": _gemm,
-    "MatMul": _matmul,
-    "Add": _add,
-    "BatchNormalization": _batch_norm,
-    "Relu": _relu,
-    "Clip": _clip,
-    "MaxPool": _pool,
-    "AveragePool": _pool,
-    "Resize": _resize,
-    "Softmax": _softmax,
-    "LogSoftmax": _softmax,
-}

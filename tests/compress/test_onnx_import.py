@@ -15,12 +15,15 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from compress.any_network import compress_network
 from compress.artifact import load_artifact
 from compress.cli_networks import _calibration, parse_shape
 from compress.onnx_import import import_onnx
 from compress.plain import to_plain
 from compress.pretrained.catalog import PRETRAINED, find_weights
+from compress.rules import CompressionConfig
 from compress.shapes import layer_shapes
+from compress.subjects import network_shapes
 from hwsim.cli import cli
 from hwsim.errors import FormatError, InputError
 
@@ -131,11 +134,15 @@ def test_arrays_of_inputs_that_cannot_be_read_are_said(tmp_path: Path) -> None:
 
 
 def graph(
-    *nodes: onnx.NodeProto, shape: tuple[object, ...] = (1, 2, 6, 6), opset: int = 12, **stored: np.ndarray
+    *nodes: onnx.NodeProto,
+    shape: tuple[object, ...] = (1, 2, 6, 6),
+    opset: int = 12,
+    kind: int = TensorProto.FLOAT,
+    **stored: np.ndarray,
 ) -> bytes:
     """A file of these nodes from ``x`` to ``y``."""
-    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
-    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    inputs = [helper.make_tensor_value_info("x", kind, shape)]
+    outputs = [helper.make_tensor_value_info("y", kind, None)]
     tensors = [numpy_helper.from_array(values, name) for name, values in stored.items()]
     made = helper.make_graph(list(nodes), "g", inputs, outputs, tensors)
     return helper.make_model(
@@ -215,6 +222,7 @@ def test_uses_that_torch_has_no_module_for_are_refused() -> None:
           {"r": NO_ROI, "s": np.array([1, 1, 2, 2], np.float32)}, "has the coordinates asymmetric"),
         ((node("Resize", ["x", "r", "s"], ["y"], mode="linear", exclude_outside=1),),
           {"r": NO_ROI, "s": np.array([1, 1, 2, 2], np.float32)}, "has exclude_outside 1"),
+        ((node("Dropout", ["x"], ["d", "mask"]), node("Where", ["mask", "d", "x"], ["y"])), {}, "more than one output"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=re.escape(reason)):
             import_onnx(graph(*nodes, **stored))
@@ -227,7 +235,7 @@ def test_later_opsets_pad_and_reduce_along_given_axes() -> None:
         graph(
             node("ReduceSum", ["x", "a"], ["y"], noop_with_empty_axes=1), opset=18, a=np.zeros(0, np.int64)
         ),
-        graph(node("ReduceMean", ["x"], ["y"], keepdims=0), opset=18),
+        graph(node("ReduceMean", ["x"], ["y"], keepdims=0), opset=18, shape=("n", 2, 6, 6)),
     ):
         found = import_onnx(content).model(values)
         np.testing.assert_allclose(found.numpy(), run(content, values)[0], atol=1e-5)
@@ -245,6 +253,151 @@ def test_open_dimensions_and_broken_files_are_said(tmp_path: Path) -> None:
         import_onnx(tmp_path / "bad.onnx")
     with pytest.raises(InputError, match="cannot be read"):
         import_onnx(tmp_path / "missing.onnx")
+
+
+def values_of(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def flattened(first: int, *, target: list[int], image: tuple[int, ...] = (3, 6, 6)) -> bytes:
+    """A convolution, a reshape to a stored target, and a Gemm, for ``first`` inputs at a time."""
+    return graph(
+        node("Conv", ["x", "c.weight"], ["h"], pads=[1, 1, 1, 1]),
+        node("Reshape", ["h", "target"], ["f"]),
+        node("Gemm", ["f", "fc.weight"], ["y"], transB=1),
+        shape=(first, *image),
+        target=np.array(target),
+        **{"c.weight": values_of(4, 3, 3, 3), "fc.weight": values_of(8, 4 * 36, seed=1)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "target"),
+    [(1, [1, -1]), (1, [1, 144]), (1, [0, -1]), (1, [-1, 144]), (2, [2, -1]), (2, [2, 144])],
+)
+@torch.no_grad()
+def test_a_stated_batch_in_reshapes_is_opened(first: int, target: list[int]) -> None:
+    content, values = flattened(first, target=target), torch.from_numpy(values_of(6, 3, 6, 6))
+    parts = [run(content, part)[0] for part in values.split(first)]
+    np.testing.assert_allclose(import_onnx(content).model(values).numpy(), np.concatenate(parts), atol=1e-4)
+
+
+def test_a_reshape_of_something_else_stays_as_it_is() -> None:
+    # The 1 of the target is no batch: what comes in begins with 36.
+    nodes = (node("Reshape", ["x", "a"], ["t"]), node("Reshape", ["t", "b"], ["y"]))
+    content = graph(*nodes, shape=(1, 36), a=np.array([36, -1]), b=np.array([1, -1]))
+    values = torch.from_numpy(values_of(1, 36))
+    model = import_onnx(content, any_batch=False).model
+    np.testing.assert_array_equal(model(values).numpy(), run(content, values)[0])
+    with pytest.raises(InputError, match="the network holds to it: output 0 has shape"):
+        import_onnx(content)
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_files_with_a_fixed_batch_are_compressed(tmp_path: Path, with_inputs: bool) -> None:
+    path, out = tmp_path / "fixed.onnx", tmp_path / "fixed.hws.safetensors"
+    path.write_bytes(flattened(1, target=[1, -1]))
+    np.save(tmp_path / "inputs.npy", values_of(5, 3, 6, 6))
+    more = ["--inputs", str(tmp_path / "inputs.npy"), "--one-shot"] if with_inputs else []
+    rules = ["--pruned", "0", "--unified", "0", "--out", str(out)]
+    done = CliRunner().invoke(cli, ["compress", str(path), *rules, *more], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert [layer.name for layer in load_artifact(out).layers()] == ["c", "fc"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "stored", "reason"),
+    [
+        ((node("Concat", ["x", "t"], ["y"], axis=1),), {"t": values_of(1, 1, 6)}, "at concat_0: Sizes of tensors"),
+        ((node("ReduceMean", ["x"], ["m"], axes=[0]), node("Sub", ["x", "m"], ["y"])), {}, "changes with the other"),
+        ((node("Gather", ["x", "i"], ["y"], axis=0),), {"i": np.array([0])}, "output 0 has shape (1, 2, 6)"),
+    ],
+)  # fmt: skip
+def test_a_network_that_holds_to_its_batch_is_refused(
+    nodes: tuple[onnx.NodeProto, ...], stored: dict[str, np.ndarray], reason: str, tmp_path: Path
+) -> None:
+    content = graph(*nodes, shape=(1, 2, 6), **stored)
+    with pytest.raises(InputError, match=re.escape(reason)) as caught:
+        import_onnx(content)
+    assert 'dynamic_axes={"x": {0: "batch"}}' in str(caught.value)
+    import_onnx(content, any_batch=False)
+    (tmp_path / "fixed.onnx").write_bytes(content)
+    done = CliRunner().invoke(cli, ["compress", str(tmp_path / "fixed.onnx")])
+    assert isinstance(done.exception, InputError)
+
+
+def test_a_fixed_batch_is_enough_for_shapes(tmp_path: Path) -> None:
+    nodes = (node("Gemm", ["x", "fc.weight"], ["h"]), node("Concat", ["h", "t"], ["y"], axis=1))
+    path = tmp_path / "fixed.onnx"
+    path.write_bytes(graph(*nodes, shape=(1, 8), t=values_of(1, 1), **{"fc.weight": values_of(8, 8)}))
+    assert [shape.name for shape in network_shapes(str(path))] == ["fc"]
+    with pytest.raises(InputError, match="exported for 1 at a time"):
+        network_shapes(str(path), 2)
+
+
+def test_stored_matrices_that_are_no_layers_are_listed() -> None:
+    content = graph(
+        node("MatMul", ["x", "a.weight"], ["h"]), node("MatMul", ["left", "h"], ["i"], name="turned"),
+        node("MatMul", ["i", "right"], ["j"]), node("Gather", ["table", "places"], ["k"]),
+        node("Mul", ["j", "channels"], ["l"]), node("Add", ["l", "positions"], ["m"]), node("Gather", ["m", "one"], ["n"]),
+        node("Shape", ["x"], ["s"]), node("Gather", ["table", "s"], ["o"]), node("ReduceMean", ["o"], ["p"], keepdims=0),
+        node("Add", ["n", "p"], ["y"]),
+        shape=("n", 6, 8), left=values_of(6, 6), right=values_of(1, 8, 8), table=values_of(9, 3), places=np.array([1]),
+        channels=values_of(1, 6, 1), positions=values_of(6, 8), one=np.array([0]), **{"a.weight": values_of(8, 8)},
+    )  # fmt: skip
+    found = import_onnx(content)
+    config = CompressionConfig(block=(2, 2), exempt_first_last=False)
+    artifact = compress_network(found.model, torch.from_numpy(values_of(4, 6, 8)), config)
+    assert list(artifact.compressed) == ["a"]
+    reasons = {row["name"]: row["reason"] for row in artifact.recipe["untreated"]}
+    assert reasons == {
+        "matmul_1": "MatMul with a stored array of 6x6 on the left: only one of two dimensions on the right becomes a layer",
+        "matmul_2": "MatMul with a stored array of 1x8x8 on the right: only one of two dimensions on the right becomes a layer",
+        "add_5": "Add with a stored array of 6x8: no product of matrices",
+        "gather_8": "Gather from a stored array of 9x3: rows are looked up, nothing is multiplied",
+    }  # fmt: skip
+    assert len([note for note in artifact.results["warnings"] if "outside the array: MatMul" in note]) == 2
+    with pytest.warns(UserWarning, match="matmul_1 .*, matmul_2 "):
+        layer_shapes(found.model, found.input_shape)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+@torch.no_grad()
+def test_floats_of_every_width_become_float32(kind: int) -> None:
+    width = np.float16 if kind == TensorProto.FLOAT16 else np.float64
+    content = graph(
+        node("MatMul", ["x", "a.weight"], ["h"]), node("Relu", ["h"], ["i"]), node("Cast", ["i"], ["j"], to=kind),
+        node("Mul", ["j", "c"], ["k"]), node("MatMul", ["k", "b.weight"], ["y"]),
+        shape=("n", 8), kind=kind, c=np.array(0.5, width),
+        **{"a.weight": values_of(8, 8).astype(width), "b.weight": values_of(8, 4, seed=1).astype(width)},
+    )  # fmt: skip
+    found, values = import_onnx(content), torch.from_numpy(values_of(4, 8).astype(width))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(
+        found.model(values.float()).numpy(), run(content, values)[0].astype(np.float32), atol=0.02
+    )
+    config = CompressionConfig(block=(2, 2), exempt_first_last=False)
+    assert list(compress_network(found.model, values.float(), config).compressed) == ["a", "b"]
+
+
+def test_names_that_nothing_gives_are_said() -> None:
+    content = graph(node("Relu", ["z"], ["a"], name="first"), node("Tanh", ["a"], ["y"], name="second"))
+    with pytest.raises(FormatError, match=r'node first \(Relu\): reads "z", which no input') as caught:
+        import_onnx(content)
+    assert "second" not in str(caught.value)  # it is behind the first
+    with pytest.raises(FormatError, match="output y: no input, initializer or node gives it"):
+        import_onnx(graph(node("Relu", ["x"], ["a"])))
+    with pytest.raises(FormatError, match=r'node early \(Relu\): reads "b"'):  # its node comes later
+        import_onnx(graph(node("Relu", ["b"], ["y"], name="early"), node("Tanh", ["x"], ["b"])))
+
+
+def test_sparse_initializers_are_said() -> None:
+    proto = onnx.load_model_from_string(graph(node("MatMul", ["x", "w"], ["y"]), shape=("n", 4)))
+    values = numpy_helper.from_array(np.ones(2, np.float32), "w")
+    places = numpy_helper.from_array(np.array([0, 5]), "places")
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4, 4]))
+    with pytest.raises(FormatError, match=r"sparse_initializer w: is not read \(store it as a dense"):
+        import_onnx(proto.SerializeToString())
 
 
 @pytest.mark.parametrize(
