@@ -52,18 +52,13 @@ class ExportedWork:
     shapes : list of LayerShape
         In order of execution. Work of a Linear or convolution has the module's name, of other parameters the parameter's
         (``"in_proj"`` for ``in_proj_weight``), from the second use on with its number (``"head#2"``).
-    outside_modules : set of str
-        Names among them of which some use is a call on a parameter, not of a module.
     other : dict of str to str
-        Parameters in operations that are not such layers: the operation.
-    used : set of str
-        Names of parameters that the graph reads at all.
+        Parameters in operations that are not such layers: the operation, and where it reads what was computed from
+        parameters, the operation that did (``"linear behind cat"``).
     """
 
     shapes: list[LayerShape]
-    outside_modules: set[str]
     other: dict[str, str]
-    used: set[str]
 
 
 @contextmanager
@@ -111,6 +106,16 @@ class _Reader:
             for node in program.graph.nodes
             if node.op == "placeholder" and node.name in program.graph_signature.inputs_to_parameters
         }
+        signature = program.graph_signature
+        # What does not depend on the input, and the matrices that it is computed from.
+        self.computed: dict[torch.fx.Node, frozenset[str]] = {
+            node: frozenset()
+            for node in program.graph.nodes
+            if node.op == "placeholder" and node.name not in signature.user_inputs
+        }
+        self.computed |= {
+            node: frozenset([path]) for node, path in self.parameters.items() if node.meta["val"].dim() > 1
+        }
         self.holders = {
             id(module.get_parameter("weight")): name
             for module, name in reversed(list(layers.items()))
@@ -120,41 +125,47 @@ class _Reader:
     def read(self) -> ExportedWork:
         shapes: list[LayerShape] = []
         uses: Counter[str] = Counter()
-        outside: set[str] = set()
         other: dict[str, str] = {}
-        used = {path for node, path in self.parameters.items() if node.users}
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
             work = self._work(node)
             if work is None:
-                for path in self._unlisted(node):
-                    other[path] = _operation(node)
+                other.update(self._unlisted(node))
+                if all(source in self.computed for source in node.all_input_nodes):
+                    read = [self.computed[source] for source in node.all_input_nodes]
+                    self.computed[node] = frozenset().union(*read)
                 continue
             parameter, shape = work
             module = self._module_of(node)
             name = self._name(parameter) if module is None else self.layers[module]
             uses[name] += 1
-            if module is None:
-                outside.add(name)
             mark = f"#{uses[name]}" if uses[name] > 1 else ""
             shapes.append(shape(name + mark))
-        return ExportedWork(shapes, outside, other, used)
+        return ExportedWork(shapes, other)
 
     def _parameter(self, node: object) -> torch.fx.Node | None:
         """The parameter that a value is a view of."""
-        while isinstance(node, torch.fx.Node) and node.op == "call_function" and _operation(node) in _VIEWS:
-            node = node.args[0]
-        return node if isinstance(node, torch.fx.Node) and node in self.parameters else None
+        node = self._behind_views(node) if isinstance(node, torch.fx.Node) else None
+        return node if node in self.parameters else None
 
-    def _unlisted(self, node: torch.fx.Node) -> Iterator[str]:
-        """Matrices that an operation reads which is neither a layer nor free of products."""
+    def _behind_views(self, node: torch.fx.Node) -> torch.fx.Node:
+        while node.op == "call_function" and _operation(node) in _VIEWS:
+            node = node.args[0]  # type: ignore[assignment]
+        return node
+
+    def _unlisted(self, node: torch.fx.Node) -> Iterator[tuple[str, str]]:
+        """Matrices that an operation reads, or whose work it does, which is neither a layer nor free of products."""
         if _operation(node) in _VIEWS | _WITHOUT_PRODUCTS:
             return
         for source in node.all_input_nodes:
             parameter = self._parameter(source)
             if parameter is not None and parameter.meta["val"].dim() > 1:
-                yield self.parameters[parameter]
+                yield self.parameters[parameter], _operation(node)
+            elif parameter is None:
+                maker = self._behind_views(source)
+                for path in sorted(self.computed.get(maker, ())):
+                    yield path, f"{_operation(node)} behind {_operation(maker)}"
 
     def _module_of(self, node: torch.fx.Node) -> nn.Module | None:
         """The layer whose forward an operation belongs to."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from compress.exported import exported_work, without_attention_kernel
 from hwsim.errors import HwsimError, InputError, Problem
@@ -152,18 +153,19 @@ def _by_hooks(
     def enter(module: nn.Module, _inputs: object) -> None:
         watch.inside += 1
 
-    def record(module: nn.Module, inputs: tuple[Any, ...], _output: object) -> None:
+    def record(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], _output: object) -> None:
         watch.inside -= 1
+        inputs = next(iter((*given, *named.values())))  # a layer may be called by keyword
         name = names[module]
         uses[name] += 1
         mark = f"{REUSE_MARK}{uses[name]}" if uses[name] > 1 else ""
-        shapes.append(_shape_of(name + mark, module, tuple(inputs[0].shape)))
+        shapes.append(_shape_of(name + mark, module, tuple(inputs.shape)))
 
     with ExitStack() as stack:
         stack.enter_context(without_attention_kernel())
         for module in names:
             stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(record).remove)
+            stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         try:
             _forward_on_meta(model, size, dtype, watch)
         except HwsimError:
@@ -171,7 +173,6 @@ def _by_hooks(
         except Exception:
             shapes.clear()
             uses.clear()
-            watch.inside = 0
             _forward_for_real(model, size, dtype, watch)
     missing = {
         name or "the network itself": type(module).__name__
@@ -199,7 +200,14 @@ def _by_export(
         return f"torch.export cannot follow it: {type(error).__name__}: {_first_line(error)}"
     uses = Counter(module_name(shape.name) for shape in work.shapes)
     missing = {path: f"in {operation}" for path, operation in work.other.items()}
-    return work.shapes, missing | _never_run(names, uses)
+    # Not that nobody runs a layer of which something else reads the weight: that has its own reason.
+    read = {id(model.get_parameter(path)) for path in work.other}
+    unread = {
+        module: name
+        for module, name in names.items()
+        if not any(id(parameter) in read for parameter in module.parameters())
+    }
+    return work.shapes, missing | _never_run(unread, uses)
 
 
 def _first_line(error: Exception) -> str:
@@ -207,31 +215,50 @@ def _first_line(error: Exception) -> str:
 
 
 class _ParameterWatch(TorchFunctionMode):
-    """Notes whether an operation outside the layers' own forward reads a matrix of the network."""
+    """Notes whether an operation outside the layers' own forward reads a matrix of the network, or one made of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inside = 0
         self.matrices: set[int] = set()
+        self.constants: set[int] = set()
         self.has_seen_work = False
+        self._made: list[torch.Tensor] = []  # held, so that no other tensor gets the identity of one
+
+    def start(self, model: nn.Module) -> None:
+        """Look at the parameters and buffers that a network has at this moment."""
+        self.inside = 0
+        self.matrices = {id(parameter) for parameter in model.parameters() if parameter.dim() > 1}
+        self.constants = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self.inside and func not in _WITHOUT_WORK:
-            read = (*args, *kwargs.values())
-            self.has_seen_work |= any(id(value) in self.matrices for value in read)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not self.inside:
+            read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            reads_matrix = any(id(value) in self.matrices for value in read)
+            self.has_seen_work |= reads_matrix and func not in _WITHOUT_WORK
+            # Two weights side by side, or one times a mask, are a weight still; with an activation they are none.
+            if reads_matrix and func in _COMBINATIONS and all(id(value) in self.constants for value in read):
+                self._made.append(result)
+                self.matrices.add(id(result))
+                self.constants.add(id(result))
+        return result
 
 
-_WITHOUT_WORK = {
-    nn.functional.embedding,
-    torch.embedding,
-    nn.functional.layer_norm,
+_COMBINATIONS = {
+    torch.cat,
+    torch.stack,
     torch.Tensor.add,
     torch.Tensor.__add__,
     torch.Tensor.__radd__,
     torch.Tensor.mul,
     torch.Tensor.__mul__,
+}
+_WITHOUT_WORK = _COMBINATIONS | {
+    nn.functional.embedding,
+    torch.embedding,
+    nn.functional.layer_norm,
     torch.Tensor.size,
     torch.Tensor.dim,
     *(getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device")),
@@ -256,16 +283,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _forward_on_meta(
     model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, watch: _ParameterWatch
 ) -> None:
-    with _stand_ins(model) as parameters, torch.device("meta"):
-        watch.matrices = {id(parameter) for parameter in parameters if parameter.dim() > 1}
+    with _stand_ins(model), torch.device("meta"):
+        watch.start(model)
         inputs = torch.empty(shape, dtype=dtype)
         with watch:
             model(inputs)
 
 
 @contextmanager
-def _stand_ins(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Parameters and buffers without values in place of those of the network; gives the parameters.
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers without values in place of those of the network.
 
     (`torch.func.functional_call` leaves them behind in a network that has one module under two names.)
     """
@@ -283,7 +310,7 @@ def _stand_ins(model: nn.Module) -> Iterator[list[nn.Parameter]]:
                         is_parameter = isinstance(tensor, nn.Parameter)
                         made[id(tensor)] = nn.Parameter(empty, False) if is_parameter else empty
                     table[name] = made[id(tensor)]
-        yield [stand_in for stand_in in made.values() if isinstance(stand_in, nn.Parameter)]
+        yield
     finally:
         for table, name, tensor in kept:
             table[name] = tensor
@@ -297,7 +324,7 @@ def _forward_for_real(
     model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, watch: _ParameterWatch
 ) -> None:
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    watch.matrices = {id(parameter) for parameter in model.parameters() if parameter.dim() > 1}
+    watch.start(model)
     try:
         with watch:
             model(torch.zeros(shape, dtype=dtype, device=device))

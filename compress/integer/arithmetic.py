@@ -134,12 +134,13 @@ class IntegerLayer(nn.Module):
             torch.from_numpy(requantizer.bias.astype(np.float64)).to(device).reshape(self.channel_shape)
         )
 
-    def forward(self, integers: Tensor) -> Tensor:
-        if self.wants_rows and integers.dim() > 2:
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has the name of torch's, for those who call it by keyword."""
+        if self.wants_rows and input.dim() > 2:
             message = "normalises another dimension than the outputs of the linear layer in front of it"
             hint = "normalise with nn.LayerNorm, or let a convolution of kernel 1 stand for the linear layer"
             raise InputError(f"layer {self.name}", Problem("norm", message, hint))
-        accumulators = self.accumulate(integers.to(self.weight.dtype), self.weight).to(torch.float64)
+        accumulators = self.accumulate(input.to(self.weight.dtype), self.weight).to(torch.float64)
         if self.bits_needed > self.accumulator_bits:
             accumulators = _wrap(accumulators, self.accumulator_bits)
         seen = _integers(accumulators) if self.trace is not None else None
@@ -147,7 +148,7 @@ class IntegerLayer(nn.Module):
         values = accumulators.add_(self.bias).mul_(self.factor).add_(0.5).floor_()
         outputs = values.clamp_(0 if self.requantizer.relu else self.low, self.high).to(torch.float32)
         if self.trace is not None and seen is not None:
-            self.trace.append(LayerTrace(self.name, _integers(integers), seen, _integers(outputs)))
+            self.trace.append(LayerTrace(self.name, _integers(input), seen, _integers(outputs)))
         return outputs
 
 
@@ -173,8 +174,9 @@ class Wrapped(nn.Module):
     def bias(self) -> object:
         return self.original.bias
 
-    def forward(self, values: Tensor) -> Tensor:
-        return self.steps(values)
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has the name of torch's, for those who call it by keyword."""
+        return self.steps(input)
 
 
 def _integers(values: Tensor) -> NDArray[np.int64]:

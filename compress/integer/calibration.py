@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress.artifact import Activations, integer_weight
+from compress.curvature import listening
 from compress.integer.arithmetic import make_requantizer
 from compress.integer.graph import NORMS, Graph, surroundings_of, traced_graph
 from compress.integer.model import IntegerModel
@@ -88,26 +89,15 @@ def _calibrate(
         pair = ranges.setdefault(name, (_Range(), _Range()))
         pair[side == "output"].observe(values, generator)
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def look(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            observe(name, "input", inputs[0])
-            observe(name, "output", output)
+    def ran(name: str, _module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        observe(name, "input", inputs)
+        observe(name, "output", output)
 
-        return look
-
-    if graph is not None:
-        run: Callable[[Tensor], Any] = _Observer(graph, observe).run
-        handles = []
-    else:
-        run = model
-        handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in sorted(names)]
-    try:
-        with torch.no_grad():
-            for part in images.split(batch_size):
-                run(part)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run: Callable[[Tensor], Any] = model if graph is None else _Observer(graph, observe).run
+    modules = {} if graph is not None else {name: model.get_submodule(name) for name in sorted(names)}
+    with torch.no_grad(), listening(modules, ran):
+        for part in images.split(batch_size):
+            run(part)
     return ranges
 
 
@@ -171,7 +161,8 @@ def quantize_activations(
         quantized[name] = replace(
             layers[name], weights=replace(layers[name].weights, requantizer=requantizer)
         )
-    return IntegerModel(model, quantized, activations, activation_bits, accumulator_bits)
+    # With those that never ran, too: they decide whether the network has a graph, here as in a file.
+    return IntegerModel(model, dict(layers) | quantized, activations, activation_bits, accumulator_bits)
 
 
 def _requantizer_of(model: nn.Module, layer: CompressedLayer, around: Activations) -> Requantizer:

@@ -116,8 +116,9 @@ class SubPixelConvolution(nn.Module):
             conv.bias = nn.Parameter(bias, module.bias.requires_grad)
         return cls(conv, Interleave(tuple(strides), tuple(before), tuple(after)))
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        values = self.interleave(self.conv(x))
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The arguments have the names of torch's, for those who call it by keyword."""
+        values = self.interleave(self.conv(input))
         if output_size is not None:
             sizes = tuple(output_size)[-(len(self.interleave.stride)) :]
             if sizes != tuple(values.shape[-len(sizes) :]):
@@ -170,5 +171,6 @@ class PaddedConvolution(nn.Module):
         conv.weight, conv.bias = module.weight, module.bias
         return cls(Pad(tuple(module._reversed_padding_repeated_twice), module.padding_mode), conv)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.pad(x))
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has the name of torch's, for those who call it by keyword."""
+        return self.conv(self.pad(input))

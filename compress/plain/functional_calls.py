@@ -55,27 +55,49 @@ def with_layers_for_calls(model: nn.Module) -> tuple[nn.Module, list[tuple[str, 
     `compress.rules.plan_layers` and `compress.shapes.layer_shapes`.
     """
     found = []
-    for name, module in list(model.named_modules()):
-        if _is_torchs(module) or module._forward_hooks or module._forward_pre_hooks:
-            continue
-        graph = _graph_of(module)
-        if graph is None:
-            continue
-        layers = _insert_layers(module, graph)
-        if layers:
-            rewritten = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
-            for attribute, value in vars(module).items():  # what other modules may read
-                if attribute not in vars(rewritten):
-                    setattr(rewritten, attribute, value)
-            rewritten.train(module.training)
-            for child, original in module.named_children():
-                if hasattr(rewritten, child):
-                    getattr(rewritten, child).train(original.training)
+    made: dict[int, tuple[nn.Module, list[str]] | None] = {}
+    # Under each of their names: one module used in two places stays one.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) not in made:
+            made[id(module)] = _rewritten(module)
+        result = made[id(module)]
+        if result is not None and _has_place(model, name):
+            rewritten, layers = result
             model = replace_module(model, name, rewritten)
             found.append(
                 (name, type(module).__name__, f"calls on a parameter as layers: {', '.join(layers)}")
             )
     return model, found
+
+
+def _has_place(model: nn.Module, name: str) -> bool:
+    """Whether the parent of a module is still there: what a rewritten module does not run does not come along with it."""
+    try:
+        model.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return False
+    return True
+
+
+def _rewritten(module: nn.Module) -> tuple[nn.Module, list[str]] | None:
+    """A module with layers in place of its calls on parameters, and their names; None where it stays as it is."""
+    if _is_torchs(module) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    graph = _graph_of(module)
+    if graph is None:
+        return None
+    known = set(module.modules())
+    layers = _insert_layers(module, graph)
+    if not layers:
+        return None
+    rewritten = torch.fx.GraphModule(module, graph, class_name=type(module).__name__)
+    for attribute, value in vars(module).items():  # what other modules may read
+        if attribute not in vars(rewritten):
+            setattr(rewritten, attribute, value)
+    for part in rewritten.modules():  # what was there before keeps its mode: a normalisation may be frozen
+        if part not in known:
+            part.training = module.training
+    return rewritten, layers
 
 
 def _is_torchs(module: nn.Module) -> bool:

@@ -12,6 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from compress.shapes import evaluation_mode
+
 __all__ = ["bake"]
 
 
@@ -19,12 +21,10 @@ def bake(model: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Replace every computed parameter by its value, in place; gives ``(module, its class, what was done)``."""
     for name, module in list(model.named_modules()):
         # Reading a spectral norm in training mode would move its estimate by one iteration.
-        training = module.training
-        module.eval()
-        found = list(_bake_hooks(module))
-        if is_parametrized(module):
-            found += _bake_parametrisations(module)
-        module.train(training)
+        with evaluation_mode(module):
+            found = list(_bake_hooks(module))
+            if is_parametrized(module):
+                found += _bake_parametrisations(module)
         if found:
             yield name, type(module).__name__, f"{', '.join(found)} as computed by its parametrisation"
 

@@ -32,8 +32,9 @@ class TiedEmbedding(nn.Module):
         """The layer's."""
         return self._layer[0].weight  # type: ignore[return-value]
 
-    def forward(self, indices: Tensor) -> Tensor:
-        return functional.embedding(indices, self.weight, **self._settings)
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has the name of torch's, for those who call it by keyword."""
+        return functional.embedding(input, self.weight, **self._settings)
 
 
 class Biased(nn.Module):
@@ -43,8 +44,9 @@ class Biased(nn.Module):
         super().__init__()
         self.core, self.bias, self._rank = core, bias, rank
 
-    def forward(self, x: Tensor) -> Tensor:
-        values = self.core(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """The argument has the name of torch's, for those who call it by keyword."""
+        values = self.core(input)
         return values if self.bias is None else values + self.bias.reshape(-1, *(1,) * self._rank)
 
 

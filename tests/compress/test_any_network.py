@@ -210,6 +210,83 @@ def test_it_trains_with_admm(tmp_path: Path) -> None:
     assert artifact.recipe["training"]["epochs_admm"] == 1
 
 
+def test_frozen_normalisation_keeps_its_statistics() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).train()
+    model[1].eval()
+    values, labels = torch.randn(32, 4) + 3, torch.randint(0, 2, (32,))
+    recipe = Recipe(epochs_admm=1, epochs_retrain=1)
+    artifact = compress_network(model, values, DENSE, recipe, train_data=(values, labels))
+    assert not artifact.state["1.running_mean"].any()
+
+
+class Named(nn.Module):
+    """Calls its layers by keyword; torch.fx can trace the one and not the other."""
+
+    def __init__(self, is_traceable: bool) -> None:
+        super().__init__()
+        self.is_traceable, self.emb, self.head = is_traceable, nn.Embedding(9, 4), nn.Linear(4, 9)
+        self.head.weight = self.emb.weight
+        self.conv, self.up = (
+            nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"),
+            nn.ConvTranspose1d(4, 4, 2, 2),
+        )
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.up(input=torch.relu(self.conv(input=self.emb(input=tokens).transpose(1, 2)))).transpose(1, 2)
+        if not self.is_traceable and len(x) > 10**6:
+            x = x * 2
+        return self.head(input=torch.relu(self.b(input=torch.relu(self.a(input=x)))))
+
+
+@pytest.mark.parametrize("is_traceable", [False, True])
+@torch.no_grad()
+def test_layers_may_be_called_by_keyword(is_traceable: bool) -> None:
+    torch.manual_seed(0)
+    model, tokens = Named(is_traceable).eval(), torch.randint(0, 9, (16, 6))
+    artifact = compress_network(model, tokens, DENSE.model_copy(update={"permute_channels": True}))
+    assert [layer.name for layer in artifact.layers()] == [
+        "conv.conv",
+        "up.conv",
+        "a.core",
+        "a.core#2",
+        "head",
+    ]
+    assert off(rebuild_integer(artifact, lambda: Named(is_traceable))(tokens), model(tokens)) < 0.05
+
+
+class Combined(nn.Module):
+    """Multiplies by what it makes of weights."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+        self.register_buffer("mask", torch.ones(6, 6).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.how == "cat":
+            return functional.linear(x, torch.cat([self.a.weight, self.b.weight]))
+        return functional.linear(x, (self.b.weight * self.mask).t())
+
+
+@pytest.mark.parametrize(
+    ("how", "rows"),
+    [
+        ("cat", {"a.weight": "linear behind cat", "b.weight": "linear behind cat"}),
+        ("mask", {"b.weight": "linear behind mul"}),
+    ],
+)
+def test_the_work_of_combined_weights_is_listed(how: str, rows: dict[str, str]) -> None:
+    torch.manual_seed(0)
+    artifact = compress_network(Combined(how).eval(), torch.randn(8, 6), DENSE)
+    found = {row["name"]: row["reason"] for row in artifact.recipe["untreated"]}
+    assert found == {name: f"its work is not simulated (in {operation})" for name, operation in rows.items()}
+    assert list(artifact.compressed) == ["a", "b"]
+
+
 @torch.no_grad()
 def test_integers_flow_through_an_interleaved_convolution() -> None:
     """Convolution, transposed convolution, ReLU and pooling, all on integers: nothing runs in float in between."""
@@ -245,6 +322,23 @@ def test_a_weight_that_is_read_outside_its_layer_stays_float_there() -> None:
     artifact = compress_network(model, values, DENSE)
     assert "read outside" in " ".join(artifact.results["warnings"])
     assert off(rebuild_integer(artifact, Reads)(values), model(values)) < 0.03
+
+
+@torch.no_grad()
+def test_a_layer_that_never_runs_is_in_nobodys_way() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.spare = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    torch.manual_seed(0)
+    model, values = Spare().eval(), torch.randn(16, 6)
+    artifact = compress_network(model, values, DENSE)
+    assert [row["name"] for row in artifact.recipe["untreated"]] == ["spare"]
+    assert off(rebuild_integer(artifact, Spare)(values), model(values)) < 0.03
 
 
 @torch.no_grad()

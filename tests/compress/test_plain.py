@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from compress.plain import to_plain
 from compress.rules import CompressionConfig, plan_layers
+from compress.shapes import layer_shapes
 from hwsim.errors import InputError
 
 ALL = CompressionConfig(exempt_first_last=False)
@@ -228,6 +229,63 @@ def test_calls_on_parameters_become_layers() -> None:
     assert list(layers.values()).count(nn.Conv2d) == 2
     assert layers["0.p_layer"] is nn.Linear
     assert "0.inner" in layers
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = self.b = Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_module_with_calls_under_two_names_stays_one() -> None:
+    torch.manual_seed(0)
+    plain = same(nn.Sequential(Twice()), torch.randn(2, 4))
+    assert [name for name, _ in plain.named_parameters()] == ["0.a.w_layer.weight"]
+    assert [shape.name for shape in layer_shapes(plain, (4,))] == ["0.a.w_layer", "0.a.w_layer#2"]
+
+
+def test_what_a_rewritten_module_does_not_run_is_in_nobodys_way() -> None:
+    model = Product()
+    model.idle = nn.Sequential(Product())
+    assert isinstance(same(model, torch.randn(2, 4)).get_submodule("w_layer"), nn.Linear)
+
+
+class Frozen(nn.Module):
+    """A frozen normalisation below a module that is rewritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.inner = nn.Parameter(torch.randn(4, 4)), nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x @ self.w)
+
+
+def test_modules_keep_their_modes() -> None:
+    model = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(4, 4)), nn.BatchNorm1d(4), Frozen(), nn.Linear(4, 4)
+    )
+    model[1].eval()
+    model[2].inner[0].eval()
+    plain = to_plain(model).model
+    found = {name for name, module in plain.named_modules() if not module.training}
+    assert found == {"1", "2.inner.0"}
+    assert type(plain.get_submodule("2.w_layer")) is nn.Linear
+    assert all(not module.training for module in to_plain(model.eval()).model.modules())
 
 
 def test_a_forward_that_depends_on_the_mode_is_left_alone() -> None:
