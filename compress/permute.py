@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import torch.fx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from compress.assign import assign_types
 from compress.blocks import real_entries, weight_to_matrix
@@ -32,7 +33,7 @@ from compress.rules import Plan, PlannedLayer, Untreated
 from compress.shapes import evaluation_mode
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
-__all__ = ["Chain", "Permutation", "PermutedLayer", "find_chains", "permute_channels"]
+__all__ = ["Chain", "Permutation", "PermutedLayer", "find_chains", "output_tensors", "permute_channels"]
 
 _ROUNDS = 20
 """Most times that the types are chosen anew; each round loses less than the one before, few are needed."""
@@ -306,7 +307,10 @@ def permute_channels(model: nn.Module, plan: Plan, sample: Tensor) -> Permutatio
         wanted = _outputs(model, sample)
         _reorder(chain, order)
         after = _cost(chain)
-        if after >= before:
+        if not wanted:
+            _reorder(chain, inverse)
+            left.append(Untreated(name, "the network gives no tensors to compare before and after"))
+        elif after >= before:
             _reorder(chain, inverse)
             left.append(Untreated(name, "no order of its channels was found that makes projecting cheaper"))
         elif not _same(wanted, _outputs(model, sample)):
@@ -318,15 +322,24 @@ def permute_channels(model: nn.Module, plan: Plan, sample: Tensor) -> Permutatio
     return Permutation(tuple(permuted), tuple(left))
 
 
-def _outputs(model: nn.Module, sample: Tensor) -> Tensor:
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors among the outputs of a network, however they are packed."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _outputs(model: nn.Module, sample: Tensor) -> list[Tensor]:
     with evaluation_mode(model), torch.no_grad():
-        outputs: Tensor = model(sample)
-    return outputs
+        return output_tensors(model(sample))
 
 
-def _same(wanted: Tensor, found: Tensor) -> bool:
+def _same(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
     """Equal up to the rounding of sums in another order."""
-    return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * max(float(wanted.abs().max()), 1e-30))
+    return all(
+        torch.allclose(after, before, rtol=1e-4, atol=1e-5 * max(float(before.abs().max()), 1e-30))
+        if before.numel() and (before.is_floating_point() or before.is_complex())
+        else torch.equal(after, before)
+        for before, after in zip(wanted, found, strict=True)
+    )
 
 
 def _cost(chain: Chain) -> float:
@@ -339,7 +352,9 @@ def _layer_cost(layer: PlannedLayer) -> float:
     weight = layer.module.get_parameter("weight")
     costs = layer_costs(weight, settings.block, layer.groups, settings.column_order, name=layer.name)
     prune, unify = costs.prune.cpu().double().numpy(), costs.unify.cpu().double().numpy()
-    types = assign_types(prune, unify, *layer.counts, settings.projection)
+    types = assign_types(
+        prune, unify, *layer.counts, settings.projection, balanced_rows=settings.balanced_rows
+    )
     lost = prune[types == PRUNED].sum() + unify[types == UNIFIED].sum()
     return float(lost / max(prune.sum(), np.finfo(np.float64).tiny))
 
@@ -359,6 +374,8 @@ class _View:
         Real weights of every block.
     layer : PlannedLayer
         Says how many blocks take which type.
+    is_across : bool
+        Whether the strips are the block rows of the layer, in place of the blocks.
     """
 
     energy: NDArray[np.float64]
@@ -366,6 +383,7 @@ class _View:
     block_of: NDArray[np.int64]
     entries: NDArray[np.int64]
     layer: PlannedLayer
+    is_across: bool
 
     def loss(self, order: NDArray[np.int64]) -> tuple[float, NDArray[np.float64]]:
         """What projecting loses with the channels in this order, and ``[channels, places]``: what a channel is worth there.
@@ -375,7 +393,7 @@ class _View:
         """
         energy, size = (self._sums(values[order]) for values in (self.energy, self.size))
         unify = np.maximum(energy - size**2 / self.entries, 0)
-        types = assign_types(energy, unify, *self.layer.counts, self.layer.settings.projection)
+        types = self._types(energy, unify)
         loss = float(energy[types == PRUNED].sum() + unify[types == UNIFIED].sum())
         tangents = (types == DENSE) * 1.0, (types == UNIFIED) * 2 * size / self.entries
         worth = sum(
@@ -383,6 +401,15 @@ class _View:
             for values, tangent in zip((self.energy, self.size), tangents, strict=True)
         )
         return loss, np.asarray(worth)
+
+    def _types(self, prune: NDArray[np.float64], unify: NDArray[np.float64]) -> NDArray[np.uint8]:
+        counts, settings = self.layer.counts, self.layer.settings
+        if not settings.balanced_rows:
+            return assign_types(prune, unify, *counts, settings.projection)
+        if self.is_across:
+            prune, unify = prune.T, unify.T
+        types = assign_types(prune, unify, *counts, settings.projection, balanced_rows=True)
+        return types.T if self.is_across else types
 
     def _sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """``[blocks, strips]``: sums over the channels and lines of every block."""
@@ -471,7 +498,7 @@ def _output_view(layer: PlannedLayer) -> _View:
     starts, sizes = np.arange(0, layer.k, g_k), _sizes(layer)
     energy, size = (np.add.reduceat(values, starts, axis=1)[:, None, :] for values in (sizes**2, sizes))
     entries = real_entries(layer.m, layer.k, layer.settings.block).numpy()
-    return _View(energy, size, np.arange(layer.m)[:, None] // g_o, entries, layer)
+    return _View(energy, size, np.arange(layer.m)[:, None] // g_o, entries, layer, is_across=False)
 
 
 def _input_view(reader: Reader) -> _View:
@@ -483,7 +510,7 @@ def _input_view(reader: Reader) -> _View:
         np.add.reduceat(values, starts, axis=0)[:, columns].transpose(1, 2, 0) for values in (sizes**2, sizes)
     )
     entries = real_entries(layer.m, layer.k, layer.settings.block).numpy().T
-    return _View(energy, size, columns // g_k, entries, layer)
+    return _View(energy, size, columns // g_k, entries, layer, is_across=True)
 
 
 def _columns(reader: Reader) -> NDArray[np.int64]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from compress.blocks import weight_to_matrix
 from compress.layers import CompressedLayer
@@ -21,7 +20,7 @@ from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
 from compress.one_shot.solver import projected, quantized, solve
 from compress.one_shot.state import LayerFiles, surroundings
-from compress.permute import Permutation, permute_channels
+from compress.permute import Permutation, output_tensors, permute_channels
 from compress.quantize import dequantize
 from compress.retrain import check_invariants
 from compress.rules import CompressionConfig, Plan, PlannedLayer, plan_layers
@@ -262,8 +261,7 @@ class _Judge:
 
 def _numbers(outputs: Any) -> list[Tensor]:
     """The tensors of real numbers among the outputs of a network, however they are packed."""
-    leaves = tree_leaves(outputs)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return [values for values in output_tensors(outputs) if values.is_floating_point()]
 
 
 def _compress_layer(

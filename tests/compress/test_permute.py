@@ -22,6 +22,7 @@ from compress.permute import (
     find_chains,
     permute_channels,
 )
+from compress.projection import project_to_counts
 from compress.rules import CompressionConfig, plan_layers
 
 CONFIG = CompressionConfig(
@@ -274,6 +275,77 @@ def test_the_loss_of_a_view_is_that_of_projecting_the_reordered_weight():
             expected = total_loss(views, places)
             _reorder(chain, places)
             assert _cost(chain) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [1, 40])
+@pytest.mark.parametrize("unified", [0.0, 0.25])
+def test_with_balanced_rows_what_is_said_is_what_projecting_loses(seed, unified):
+    """Chosen by types that no row has to share, an order can make the balanced projection lose more."""
+    config = CompressionConfig(
+        block=(2, 2),
+        pruned=0.75,
+        unified=unified,
+        exempt_first_last=False,
+        balanced_rows=True,
+        permute_channels=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval()
+    plan = plan_layers(model, config)
+
+    def lost():
+        total = 0.0
+        for layer in plan.layers:
+            weight = layer.module.weight.detach()
+            found = project_to_counts(weight, (2, 2), *layer.counts, balanced_rows=True)
+            total += found.cost / float(weight.double().square().sum())
+        return total
+
+    before = lost()
+    (item,) = permute_channels(model, plan, torch.randn(4, 8)).permuted
+    assert item.cost_before == pytest.approx(before, rel=1e-5)
+    assert item.cost_after == pytest.approx(lost(), rel=1e-5)
+    assert lost() < before
+
+
+class Several(nn.Module):
+    """Outputs in a tuple and a dict; ``index`` is of whole numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(6, 16), nn.Linear(16, 4), kind
+
+    def forward(self, inputs):
+        outputs = self.second(self.first(inputs))
+        if self.kind == "none":
+            return "no tensor"
+        if self.kind == "index":
+            return outputs.argmax(1), outputs > 0
+        found = outputs + self.first.bias[:4] if self.kind == "changed" else outputs
+        return (outputs, {"found": found, "none": outputs[:0], "sizes": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("same", None),
+        ("index", None),
+        ("changed", "reordering its channels changed the network's outputs"),
+        ("none", "the network gives no tensors to compare before and after"),
+    ],
+)
+def test_all_outputs_of_a_network_are_compared(kind, reason):
+    model = built(lambda: Several(kind))
+    plan, inputs = plan_layers(model, CONFIG), torch.randn(8, 6)
+    before = copy.deepcopy(model.state_dict())
+    found = permute_channels(model, plan, inputs)
+    reasons = {item.name: item.reason for item in found.left}
+    if reason is None:
+        assert [item.name for item in found.permuted] == ["first"], reasons
+    else:
+        assert reasons["first"] == reason
+        assert all(torch.equal(before[name], values) for name, values in model.state_dict().items())
 
 
 def test_it_is_part_of_compressing_and_does_not_move_the_data():
