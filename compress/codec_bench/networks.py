@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress.allocate import erdos_renyi_densities
 from compress.blocks import block_sums, real_entries, weight_to_matrix
 from compress.curvature import Curvature
 from compress.layers import CompressedLayer
@@ -96,25 +97,13 @@ class Rounding:
 
 
 def densities(shapes: Mapping[str, tuple[int, ...]], kept: float) -> dict[str, float]:
-    """Share of kept weights per layer, Erdős–Rényi with kernels: the sum of a weight's sizes over their product, scaled.
-
-    Source: Evci et al., "Rigging the Lottery", ICML 2020, arXiv 1911.11134.
+    """Share of kept weights per layer by `compress.allocate.erdos_renyi_densities`, to six digits.
 
     >>> densities({"a": (2, 2), "b": (100, 100)}, 0.1)
     {'a': 1.0, 'b': 0.09964}
     """
-    counts = {name: math.prod(shape) for name, shape in shapes.items()}
-    full: set[str] = set()
-    while True:
-        left = kept * sum(counts.values()) - sum(counts[name] for name in full)
-        scale = left / sum(sum(shape) for name, shape in shapes.items() if name not in full)
-        found = {
-            name: 1.0 if name in full else scale * sum(shape) / counts[name] for name, shape in shapes.items()
-        }
-        above = {name for name, share in found.items() if share > 1}
-        if not above:
-            return {name: round(share, 6) for name, share in found.items()}
-        full |= above
+    shares = erdos_renyi_densities(list(shapes.values()), kept)
+    return {name: round(float(share), 6) for name, share in zip(shapes, shares, strict=True)}
 
 
 def block_compressed(name: str, weight: Tensor, pruned: float, unified: float) -> CompressedLayer:

@@ -50,6 +50,13 @@ def test_densities_spend_the_budget_and_follow_the_formula(
     assert scales == pytest.approx([scales[0]] * len(scales), rel=1e-2, abs=1e-3) if scales else True
 
 
+def test_densities_of_the_published_rows() -> None:
+    shapes = {"conv1": (20, 1, 5, 5), "conv2": (50, 20, 5, 5), "fc1": (500, 800), "fc2": (10, 500)}
+    assert densities(shapes, 0.25) == {"conv1": 1.0, "conv2": 0.236812, "fc1": 0.240512, "fc2": 1.0}
+    assert densities(shapes, 0.1) == {"conv1": 1.0, "conv2": 0.087072, "fc1": 0.088433, "fc2": 1.0}
+    assert set(densities(shapes, 1.0).values()) == {1.0}
+
+
 def problem() -> Problem:
     random = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(24, 40, generator=random), "b": torch.randn(8, 3, 3, 3, generator=random)}
