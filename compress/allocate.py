@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from compress.budget import Budget, CostFunction, as_budget
 from compress.curvature import CurvatureKind, LossFunction, curvature
-from compress.fill import LayerOption, least_damage, option_of
+from compress.fill import LayerOption, UnreachableError, least_damage, option_of
 from compress.projection import layer_costs
 from compress.rules import Allocation, CompressionConfig, Plan, PlannedLayer, plan_layers
 from hwsim.errors import InputError, Problem, nearest_name
@@ -85,8 +85,8 @@ def allocate(
     Raises
     ------
     InputError
-        Arguments that do not go together, or a budget that cannot be met: with the demand, the smallest reachable figure and
-        the gap.
+        Arguments that do not go together, a budget where every layer is exempt, or one that cannot be met: with the demand,
+        the smallest reachable figure and the gap.
     FitError
         A layer does not fit the budget's machine.
 
@@ -108,7 +108,13 @@ def allocate(
     treated = [
         layer for layer in plan.layers if not layer.exempt and (wanted is not None or layer.counts != (0, 0))
     ]
-    if wanted is None and chosen == "uniform":
+    if wanted is not None and not treated:
+        message = (
+            f"{wanted.limit:,.10g}, but every layer is exempt and stays dense: there is nothing to deal out"
+        )
+        hint = "exempt_first_last = false (or --all-layers), or exempt = false in a rule"
+        raise InputError("budget", Problem(wanted.quantity, message, hint))
+    if not treated or (wanted is None and chosen == "uniform"):
         return replace(plan, allocation=Allocation(chosen))
     if wanted is None and chosen == "erdos-renyi":
         return replace(plan.with_counts(_erdos_renyi(treated)), allocation=Allocation(chosen))
@@ -251,6 +257,8 @@ def _balanced(layer: PlannedLayer, pruned: int, unified: int) -> tuple[int, int]
     columns = layer.types_shape[2]
     has_dense = pruned + unified < rows * columns
     per_row = round(pruned / rows)
+    if pruned < rows * columns:  # rounded up, all of the layer might go, and the network would be cut in two
+        per_row = min(per_row, columns - 1)
     return rows * per_row, rows * (
         min(round(unified / rows), columns - per_row) if has_dense else columns - per_row
     )
@@ -377,10 +385,13 @@ def keep_within(
     budget: Budget,
     model: nn.Module,
     plan: Plan,
-    types: Mapping[str, NDArray[np.uint8]],
+    types: Mapping[str, Tensor],
     input_shape: tuple[int, ...],
-) -> dict[str, NDArray[np.uint8]]:
+) -> dict[str, Tensor]:
     """Final block types that keep the budget: as they are, or with the least valuable executed blocks stepped down.
+
+    Where training moved blocks so that even a single executed block per layer costs more, types stay as they are: a training
+    that is done is not refused. `budget_spent` says what they cost.
 
     Parameters
     ----------
@@ -388,12 +399,17 @@ def keep_within(
     model : nn.Module
         With projected weights.
     plan : Plan
-    types : mapping from layer name to uint8 array ``[groups, Mb, Kb]``
+    types : mapping from layer name to uint8 Tensor ``[groups, Mb, Kb]``
     input_shape : tuple of int
         Of one input.
+
+    Returns
+    -------
+    dict from layer name to uint8 Tensor
+        On the CPU.
     """
     cost = budget.cost_function(model, input_shape)
-    kept = {name: codes.copy() for name, codes in types.items()}
+    kept = {name: codes.cpu().numpy().copy() for name, codes in types.items()}
     treated = [layer for layer in plan.layers if not layer.exempt]
     fixed = budget.fixed_cost(model, plan.layers)
     fixed += sum(cost(layer, kept[layer.name]) for layer in plan.layers if layer.exempt)
@@ -403,14 +419,21 @@ def keep_within(
 
     limit = budget.limit
     for _ in range(_TRIMS):
-        if excess() <= 0:
+        if not treated or excess() <= 0:
             break
         options = [_options(layer, (), None, cost) for layer in treated]
-        for choice in least_damage(options, cost, fixed, limit, budget.quantity):
+        try:
+            found = least_damage(options, cost, fixed, limit, budget.quantity)
+        except UnreachableError as error:
+            if error.smallest > budget.limit:
+                break
+            limit = error.smallest  # it was lowered too far
+            found = least_damage(options, cost, fixed, limit, budget.quantity)
+        for choice in found:
             # Blocks that are pruned have no energy left and are bought last: nothing is stepped up.
             kept[choice.layer.name] = np.minimum(kept[choice.layer.name], choice.types)
         limit -= max(excess(), 0.0)
-    return kept
+    return {name: torch.from_numpy(codes) for name, codes in kept.items()}
 
 
 def _options(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.allocate import AllocationMethod, allocate, budget_spent
+from compress.allocate import AllocationMethod, allocate
 from compress.artifact import Artifact
 from compress.budget import Budget, as_budget
 from compress.file_budget import within_file_bytes, within_measured
@@ -21,7 +21,7 @@ from compress.merit import figure_of_merit
 from compress.one_shot import OneShotRecipe, OneShotResult
 from compress.one_shot import one_shot as run_one_shot
 from compress.plain import PlainNetwork, to_plain
-from compress.rebuild import make_artifact
+from compress.rebuild import make_artifact, spending
 from compress.rules import CompressionConfig, Plan, Recipe, plan_layers
 from compress.shapes import evaluation_mode, matrix_work, module_name
 from hwsim.errors import InputError, Problem
@@ -146,7 +146,7 @@ def compress_network(
         made = _packed(
             lowered, result, inputs, integer, batch_size, evaluate, network, recipe.seed, plain, notes
         )
-        spent = _spending(aim, lowered, result, inputs)
+        spent = spending(aim, lowered, result, tuple(inputs.shape[1:]), inputs.dtype)
         return replace(made, results=made.results | spent)
 
     def turn(aim: Budget, number: int) -> Artifact:
@@ -256,21 +256,6 @@ def _procedure(
         "retrained": result.accuracy_retrained,
     }
     return figures, {"training": result.recipe.model_dump(mode="json")}, {}
-
-
-def _spending(
-    budget: Budget | None,
-    lowered: nn.Module,
-    result: CompressionResult | OneShotResult,
-    inputs: torch.Tensor,
-) -> dict[str, Any]:
-    """What the final block types cost in the budget."""
-    if budget is None:
-        return {}
-    types = {name: layer.types for name, layer in result.layers.items()}
-    shape = tuple(inputs.shape[1:])
-    reached = budget_spent(budget, lowered, result.plan, types, shape, inputs.dtype)
-    return {"budget": {"quantity": budget.quantity, "limit": budget.limit, "reached": reached}}
 
 
 def _untreated(plan: Plan, shapes: Sequence[LayerShape], missing: Mapping[str, str]) -> list[dict[str, str]]:

@@ -97,16 +97,38 @@ class Budget:
         file_bytes: with ``rates`` the whole file; without, an upper estimate of the streams and the float32 tensors.
         image_bytes: the memory images of all layers. latency_cycles, energy_pj: of the machine, with memory.
     limit : float
+        Positive and finite.
     machine : Machine or None
         On which the last three are measured; None for the first.
     rates : FileRates or None
         For the first: bits per symbol as the codec needed them.
+
+    Raises
+    ------
+    InputError
+        An unknown quantity, a limit that is not positive and finite, a machine that is missing or makes no sense.
     """
 
     quantity: Quantity
     limit: float
     machine: Machine | None = None
     rates: FileRates | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.quantity not in QUANTITIES:
+            message = f'"{self.quantity}" is no such quantity'
+            problems.append(Problem("quantity", message, nearest_name(self.quantity, QUANTITIES)))
+        elif self.quantity == "file_bytes" and self.machine is not None:
+            problems.append(Problem("machine", "a file has the same bytes for every machine", "leave it out"))
+        elif self.quantity != "file_bytes" and self.machine is None:
+            # Without one, cost_function would count bytes of a file.
+            message = f"{self.quantity} depends on the machine, and none is given"
+            problems.append(Problem("machine", message, f'load_machine("{DEFAULT_MACHINE}")'))
+        if not 0 < self.limit < math.inf:
+            problems.append(Problem(self.quantity, f"{self.limit:,.10g}, must be a positive number"))
+        if problems:
+            raise InputError("budget", problems)
 
     def cost_function(
         self, model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype = torch.float32
@@ -164,14 +186,9 @@ def parse_budget(text: str) -> Budget:
     try:
         limit = float(fields[quantity])
     except ValueError:
-        limit = math.nan
-    if not 0 < limit < math.inf:
-        problems.append(Problem(quantity, f'"{fields[quantity]}", must be a positive number'))
-    if quantity == "file_bytes" and machine is not None:
-        problems.append(Problem("machine", "a file has the same bytes for every machine", "leave it out"))
-    if problems:
-        raise InputError("budget", problems)
-    if quantity == "file_bytes":
+        message = f'"{fields[quantity]}", must be a positive number'
+        raise InputError("budget", Problem(quantity, message)) from None
+    if quantity == "file_bytes" and machine is None:
         return Budget(quantity, limit)
     return Budget(quantity, limit, load_machine(machine or DEFAULT_MACHINE))
 

@@ -17,6 +17,7 @@ from compress.artifact import Artifact, artifact_size
 from compress.blocks import real_entries
 from compress.budget import Budget, FileRates, LayerRates, type_entropy_bits
 from compress.data import Dataset
+from compress.fill import UnreachableError
 from compress.one_shot import OneShotRecipe
 from compress.rebuild import compress_checkpoint
 from compress.rules import CompressionConfig, Recipe
@@ -91,7 +92,8 @@ def within_file_bytes(
     budget : Budget
         Of ``file_bytes``.
     build : callable
-        ``build(budget, turn)`` allocates and compresses; the same pieces each time.
+        ``build(budget, turn)`` allocates and compresses; the same pieces each time. What cannot be dealt out it refuses with
+        `compress.fill.UnreachableError`, before anything is compressed.
     preset : {"small", "fast"}
         Of the encoder.
     tolerance : float
@@ -102,24 +104,45 @@ def within_file_bytes(
     ------
     InputError
         No turn met the budget: with the smallest file that was reached. Or as ``build``.
+
+    Notes
+    -----
+    Prices that refuse a budget are no proof that no file keeps it: those of the first turn are an upper estimate. So the whole
+    budget is tried where less of it was aimed at, and the least network is built and measured, each once.
     """
     kept: tuple[int, Artifact, Budget] | None = None
     sizes: list[int] = []
     aim, misses = budget, 0
+    hint = "raise the budget"
+    is_whole_tried = is_least_known = False
     for turn in range(most_turns):
-        artifact, size = _with_size(build(aim, turn), budget, preset)
+        is_least = False
+        try:
+            built = build(aim, turn)
+        except UnreachableError as error:
+            hint = error.problems[0].hint
+            if error.smallest <= budget.limit and not is_whole_tried:
+                is_whole_tried, aim = True, replace(aim, limit=budget.limit)
+            elif not is_least_known:
+                is_least = is_least_known = True
+                aim = replace(aim, limit=error.smallest)
+            else:
+                break
+            built = build(aim, turn)
+        artifact, size = _with_size(built, budget, preset)
         sizes.append(size)
         if size <= budget.limit and (kept is None or size > kept[0]):
             kept = size, artifact, aim
-        if (1 - tolerance) * budget.limit <= size <= budget.limit:
+        if (1 - tolerance) * budget.limit <= size <= budget.limit and not is_least:
             break
         # Prices are exact for the file that they come from and nearly so beside it: a little is left for that.
         misses += size > budget.limit
         limit = budget.limit * (1 - tolerance * (1 + misses) / 4)
         aim = replace(budget, limit=limit, rates=file_rates(artifact, preset))
     if kept is None:
-        message = f"{budget.limit:,.10g} was not met in {len(sizes)} turns; the smallest file has {min(sizes):,} bytes"
-        raise InputError("budget", Problem("file_bytes", message, "raise the budget"))
+        how = "cannot be reached" if is_least_known else f"was not met in {len(sizes)} turns"
+        message = f"{budget.limit:,.10g} {how}; the smallest file has {min(sizes):,} bytes"
+        raise InputError("budget", Problem("file_bytes", message, hint))
     return kept[1], kept[2]
 
 
@@ -133,6 +156,17 @@ def _with_size(artifact: Artifact, budget: Budget, preset: str) -> tuple[Artifac
         if size == before:
             break
     return artifact, size
+
+
+def _warned(artifact: Artifact) -> Artifact:
+    """With a warning among its results where it costs more than its budget."""
+    spent = artifact.results["budget"]
+    if spent["reached"] <= spent["limit"]:
+        return artifact
+    asked = f"{spent['limit']:,.10g} {spent['quantity']}"
+    message = f"the trained network does not keep the budget of {asked}: ask for a little less"
+    warnings = [*artifact.results["warnings"], message]
+    return replace(artifact, results=artifact.results | {"warnings": warnings})
 
 
 def within_measured(budget: Budget, build: Callable[[Budget, int], Artifact]) -> Artifact:
@@ -149,15 +183,24 @@ def within_measured(budget: Budget, build: Callable[[Budget, int], Artifact]) ->
     InputError
         No turn met the budget.
     """
-    aim = budget
+    aim, is_least = budget, False
     for turn in range(MOST_TURNS):
-        artifact = build(aim, turn)
+        try:
+            artifact = build(aim, turn)
+        except UnreachableError as error:
+            if aim is budget:
+                raise
+            # It was lowered below the least that can be dealt out: that is what is left to try.
+            is_least, aim = True, replace(aim, limit=error.smallest)
+            artifact = build(aim, turn)
         reached = artifact.results["budget"]["reached"]
         if reached <= budget.limit:
             stated = artifact.results["budget"] | {"limit": budget.limit}
             return replace(artifact, results=artifact.results | {"budget": stated})
-        aim = replace(aim, limit=aim.limit - (reached - budget.limit))
-    message = f"{budget.limit:,.10g} was not met in {MOST_TURNS} turns; the last took {reached:,.10g}"
+        if is_least:
+            break
+        aim = replace(aim, limit=max(aim.limit - (reached - budget.limit), np.finfo(np.float64).tiny))
+    message = f"{budget.limit:,.10g} was not met in {turn + 1} turns; the last took {reached:,.10g}"
     raise InputError("budget", Problem(budget.quantity, message, "raise the budget"))
 
 
@@ -177,7 +220,8 @@ def compress_within(
 
     In one shot the network is compressed a few times, until the file, or the machine with the final types, keeps the budget.
     Training is done once: prices of ``file_bytes`` come from turns that only project, so the file may miss the budget by what
-    training changes in the integers.
+    training changes in the integers. ``results["budget"]`` has the budget as it was given and what was reached, of a file its
+    own bytes; a trained network that misses it has a warning.
 
     Parameters
     ----------
@@ -206,12 +250,15 @@ def compress_within(
     def turn_of(aim: Budget, turn: int) -> Artifact:
         return run(aim, one_shot, None if root is None else root / f"turn-{turn}", **options)
 
-    is_file = budget is not None and budget.quantity == "file_bytes"
-    if budget is None or (one_shot is None and not is_file):
-        return run(budget, one_shot, root, **options)
+    if budget is None:
+        return run(None, one_shot, root, **options)
+    is_file = budget.quantity == "file_bytes"
     if one_shot is not None:
         return within_file_bytes(budget, turn_of, preset)[0] if is_file else within_measured(budget, turn_of)
+    if not is_file:
+        return _warned(run(budget, None, root, **options))
     rehearsed = options | {"max_loss": 0.0, "progress": None}
     projection = OneShotRecipe(method="projection")
     _, priced = within_file_bytes(budget, lambda aim, _: run(aim, projection, None, **rehearsed), preset)
-    return run(priced, None, root, **options)
+    trained, _ = _with_size(run(priced, None, root, **options), budget, preset)
+    return _with_size(_warned(trained), budget, preset)[0]

@@ -28,13 +28,24 @@ from compress.rules import PlannedLayer
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
-__all__ = ["Choice", "LayerOption", "least_damage", "option_of"]
+__all__ = ["Choice", "LayerOption", "UnreachableError", "least_damage", "option_of"]
 
 _FAILURES = 100
 """Steps that did not fit any more, after which the rest of the budget is left."""
 
 _TOGGLES = 16
 """Most layers for which it is tried whether they are better off without any DENSE block."""
+
+
+class UnreachableError(InputError):
+    """A budget that nothing meets: ``smallest`` is what the network costs with a single executed block per layer."""
+
+    def __init__(self, problem: Problem, smallest: float) -> None:
+        super().__init__("budget", problem)
+        self.smallest = smallest
+
+    def __reduce__(self) -> tuple[type[UnreachableError], tuple[Problem, float]]:  # type: ignore[override]
+        return type(self), (self.problems[0], self.smallest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +132,16 @@ def least_damage(
 
     Raises
     ------
-    InputError
+    UnreachableError
         Even with one executed block per layer the budget is not met.
     """
     chosen = _choose_options(options, fixed, limit)
-    candidates = [
-        _solve(chosen, [has_dense] * len(chosen), cost, fixed, limit) for has_dense in (True, False)
-    ]
-    reached = [candidate for candidate in candidates if candidate is not None]
+    reached = _solutions(chosen, cost, fixed, limit)
+    if not reached:  # the shapes that linear prices choose are not always the ones that really cost least
+        chosen = _cheapest(options, cost)
+        reached = _solutions(chosen, cost, fixed, limit)
     if not reached:
-        raise _infeasible(options, cost, fixed, limit, quantity)
+        raise _unreachable(chosen, cost, fixed, limit, quantity)
     best = min(reached, key=_total_damage)
     # The first DENSE block of a layer makes all its type codes wider: few of them may not be worth it.
     mixed = [i for i, choice in enumerate(best) if (choice.types == DENSE).any()]
@@ -140,6 +151,14 @@ def least_damage(
         if trial is not None and _total_damage(trial) < _total_damage(best):
             best = trial
     return best
+
+
+def _solutions(
+    chosen: Sequence[LayerOption], cost: CostFunction, fixed: float, limit: float
+) -> list[list[Choice]]:
+    """With DENSE blocks in every layer and in none, as far as the budget is met."""
+    found = (_solve(chosen, [has_dense] * len(chosen), cost, fixed, limit) for has_dense in (True, False))
+    return [choices for choices in found if choices is not None]
 
 
 def _total_damage(choices: Sequence[Choice]) -> float:
@@ -158,6 +177,11 @@ def _choose_options(
         spent = fixed + sum(min(option.value_at(middle) for option in each)[1] for each in options)
         low, high = (low, middle) if spent <= limit else (middle, high)
     return [min(each, key=lambda option: option.value_at(high)) for each in options]
+
+
+def _cheapest(options: Sequence[Sequence[LayerOption]], cost: CostFunction) -> list[LayerOption]:
+    """The block shape of each layer with which a single executed block costs least, measured."""
+    return [min(each, key=lambda option: _Network([option], [False], cost).cost(0, 1)) for each in options]
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,11 +346,10 @@ def _solve(
     return [network.choice(layer, steps) for layer, steps in enumerate(counts)]
 
 
-def _infeasible(
-    options: Sequence[Sequence[LayerOption]], cost: CostFunction, fixed: float, limit: float, quantity: str
-) -> InputError:
+def _unreachable(
+    chosen: Sequence[LayerOption], cost: CostFunction, fixed: float, limit: float, quantity: str
+) -> UnreachableError:
     """Demand, smallest reachable figure, gap, and what would close it."""
-    chosen = [min(each, key=lambda option: option.floor) for each in options]
     network = _Network(chosen, [False] * len(chosen), cost)
     smallest = fixed + network.total(network.counts(len(chosen)))
     message = (
@@ -339,4 +362,4 @@ def _infeasible(
             f"; {fixed:,.10g} of it go to exempt layers and what no block type changes (exempt_first_last = false, or "
             "--all-layers, frees the first and last layer)"
         )
-    return InputError("budget", Problem(quantity, message, hint))
+    return UnreachableError(Problem(quantity, message, hint), smallest)

@@ -142,7 +142,7 @@ def compress_checkpoint(
                 evaluate=accuracy,
                 progress=progress,
                 checkpoint=resume_from,
-                adjust=None if wanted is None else partial(_keep_within, wanted, data.input_shape),
+                adjust=None if wanted is None else partial(keep_within, wanted, input_shape=data.input_shape),
             )
     model.cpu()
     layers, coarse = result.layers, {}
@@ -165,7 +165,7 @@ def compress_checkpoint(
         "accuracy_integer": accuracy(integer_model),
         "test_images": len(data.test_labels),
         "warnings": [*result.warnings, *integer_model.notes, *outside],
-        **_spending(wanted, model, result, data.input_shape),
+        **spending(wanted, model, result, data.input_shape),
     }
     asked = [layer.settings.permute_channels for layer in result.plan.layers]
     how = {
@@ -208,30 +208,18 @@ def _procedure(result: CompressionResult | OneShotResult, train_images: int) -> 
     return {"training": result.recipe.model_dump(mode="json"), "train_images": train_images}
 
 
-def _keep_within(
-    budget: Budget,
-    input_shape: tuple[int, ...],
-    model: nn.Module,
-    plan: Plan,
-    types: Mapping[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    kept = keep_within(
-        budget, model, plan, {name: codes.cpu().numpy() for name, codes in types.items()}, input_shape
-    )
-    return {name: torch.from_numpy(codes) for name, codes in kept.items()}
-
-
-def _spending(
+def spending(
     budget: Budget | None,
     model: nn.Module,
     result: CompressionResult | OneShotResult,
     input_shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """What the final block types cost in the budget."""
+    """What the final block types cost in the budget, as an entry of ``results``; nothing without one."""
     if budget is None:
         return {}
     types = {name: layer.types for name, layer in result.layers.items()}
-    reached = budget_spent(budget, model, result.plan, types, input_shape)
+    reached = budget_spent(budget, model, result.plan, types, input_shape, dtype)
     return {"budget": {"quantity": budget.quantity, "limit": budget.limit, "reached": reached}}
 
 

@@ -278,7 +278,7 @@ def _compressed(
         if teacher is not None
         else task.loss
     )
-    adjust = None if budget is None else partial(_keep_within, budget, tuple(inputs.shape[1:]))
+    adjust = None if budget is None else partial(keep_within, budget, input_shape=tuple(inputs.shape[1:]))
     with channels_last(model, inputs[:2]):
         result = compress(
             model,
@@ -321,18 +321,6 @@ def _plan(
         return config
     method: Any = run.allocation or None
     return allocate(model, calibration, config, budget=budget, method=method, loss_fn=task.loss)
-
-
-def _keep_within(
-    budget: Budget,
-    input_shape: tuple[int, ...],
-    model: nn.Module,
-    plan: Plan,
-    types: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    arrays = {name: codes.cpu().numpy() for name, codes in types.items()}
-    kept = keep_within(budget, model, plan, arrays, input_shape)
-    return {name: torch.from_numpy(codes) for name, codes in kept.items()}
 
 
 def _calibration(run: Run, task: Task, examples: Examples) -> tuple[Tensor, Tensor]:

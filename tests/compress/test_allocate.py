@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from torch import nn
 from compress import allocate as module
 from compress.admm import ADMM
 from compress.allocate import allocate, budget_spent, erdos_renyi_densities, keep_within
-from compress.budget import file_bytes, parse_budget
-from compress.fill import LayerOption, least_damage, option_of
+from compress.budget import Budget, file_bytes, parse_budget
+from compress.fill import LayerOption, UnreachableError, least_damage, option_of
 from compress.rules import CompressionConfig, plan_layers
 from compress.shapes import layer_shapes
 from hwsim.errors import InputError
@@ -25,6 +26,7 @@ from hwsim.machine import load_machine
 from hwsim.simulator import simulate
 
 ALL = CompressionConfig(exempt_first_last=False)
+NONE = CompressionConfig(rules=[{"pattern": "*", "exempt": True}])
 
 
 def network(seed=0):
@@ -353,6 +355,24 @@ def test_an_impossible_budget_says_what_is_possible(text):
     assert allocate(model, samples(), CompressionConfig(), budget=f"{quantity}={smallest * 1.000001}")
 
 
+def test_the_smallest_that_a_refusal_names_is_met_with_several_block_shapes_too():
+    """The shape of the largest blocks comes first; a single block of it costs more."""
+    arguments = {"blocks": [(8, 8), (4, 4)], "method": "magnitude"}
+    for text in ("image_bytes=100", "latency_cycles=10", "file_bytes=100"):
+        budget = parse_budget(text)
+        with pytest.raises(UnreachableError) as error:
+            allocate(network(), samples(), ALL, budget=budget, **arguments)
+        smallest = error.value.smallest
+        assert f"still costs {smallest:,.10g}" in str(error.value)
+        again = pickle.loads(pickle.dumps(error.value))
+        assert (again.smallest, str(again)) == (smallest, str(error.value))
+        least = module.replace(budget, limit=smallest)
+        assert allocate(network(), samples(), ALL, budget=least, **arguments).allocation.reached == smallest
+        with pytest.raises(UnreachableError) as error:
+            allocate(network(), samples(), ALL, budget=budget, blocks=[(4, 4)])
+        assert smallest <= error.value.smallest
+
+
 def test_each_layer_gets_the_block_shape_that_suits_it():
     model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
     generator = torch.Generator().manual_seed(0)
@@ -393,6 +413,24 @@ def test_balanced_rows_share_every_budget_equally():
             assert plan.allocation.reached <= plan.allocation.limit
 
 
+@pytest.mark.parametrize("method", ["magnitude", "erdos-renyi"])
+def test_balanced_rows_leave_no_layer_without_a_block(method):
+    """61 of 64 blocks in 16 rows of 4 are nearest to all of them, which would cut the network in two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 64), nn.Linear(64, 16))
+    with torch.no_grad():
+        model[1].weight.mul_(0.1 if method == "magnitude" else 1)
+    config = CompressionConfig(pruned=0.95, unified=0.05, exempt_first_last=False, balanced_rows=True)
+    plan = allocate(model, None, config, method=method)
+    for layer in plan.layers:
+        assert layer.counts[0] < blocks_of(layer)
+        assert sum(layer.counts) == blocks_of(layer)
+    everything = CompressionConfig(pruned=1.0, unified=0.0, exempt_first_last=False, balanced_rows=True)
+    plan = allocate(model, None, everything, method=method)
+    if method == "magnitude":  # the other keeps a block of every layer whatever is asked for
+        assert all(layer.counts == (blocks_of(layer), 0) for layer in plan.layers)
+
+
 def test_curvature_can_be_given_and_decides():
     model = network()
     plan = plan_layers(model, ALL)
@@ -410,16 +448,44 @@ def test_final_types_are_brought_within_the_budget():
     model = network()
     budget = parse_budget("latency_cycles=1200")
     plan = allocate(model, samples(), ALL, budget=budget)
-    types = {name: codes.numpy() for name, codes in ADMM(model, plan).finalize().items()}
-    tighter = parse_budget(f"latency_cycles={budget_spent(budget, model, plan, types, (2, 8, 8)) - 25}")
+    types = ADMM(model, plan).finalize()
+    tighter = parse_budget(f"latency_cycles={spent_by(budget, model, plan, types) - 25}")
     kept = keep_within(tighter, model, plan, types, (2, 8, 8))
-    assert budget_spent(tighter, model, plan, kept, (2, 8, 8)) <= tighter.limit
+    assert spent_by(tighter, model, plan, kept) <= tighter.limit
     changed = sum(int((kept[name] != types[name]).sum()) for name in types)
-    assert 0 < changed < 0.2 * sum(codes.size for codes in types.values())
+    assert 0 < changed < 0.2 * sum(codes.numel() for codes in types.values())
     assert all((kept[name] <= types[name]).all() for name in types)
-    loose = parse_budget("latency_cycles=1e6")
-    same = keep_within(loose, model, plan, types, (2, 8, 8))
-    assert all(np.array_equal(same[name], types[name]) for name in types)
+    for other in ("latency_cycles=1e6", "latency_cycles=10"):  # kept already, and by no types at all
+        same = keep_within(parse_budget(other), model, plan, types, (2, 8, 8))
+        assert all(torch.equal(same[name], types[name]) for name in types)
+
+
+def test_a_limit_that_is_lowered_too_far_ends_at_the_least_types(monkeypatch):
+    """The first answer changes nothing here, so that the limit is lowered by more than there is to save."""
+    model = network()
+    budget = parse_budget("latency_cycles=1200")
+    types = ADMM(model, plan := allocate(model, samples(), ALL, budget=budget)).finalize()
+    with pytest.raises(UnreachableError) as error:
+        allocate(model, samples(), ALL, budget="latency_cycles=10")
+    smallest = error.value.smallest
+    tight = parse_budget(f"latency_cycles={smallest + 1}")
+    limits = []
+
+    def at_first_idle(options, cost, fixed, limit, quantity):
+        limits.append(limit)
+        return least_damage(options, cost, fixed, limit if len(limits) > 1 else 1e9, quantity)
+
+    monkeypatch.setattr(module, "least_damage", at_first_idle)
+    kept = keep_within(tight, model, plan, types, (2, 8, 8))
+    assert limits[0] == tight.limit
+    assert limits[1] < smallest == limits[2]
+    assert spent_by(tight, model, plan, kept) <= tight.limit
+
+
+def spent_by(budget, model, plan, types):
+    return budget_spent(
+        budget, model, plan, {name: codes.numpy() for name, codes in types.items()}, (2, 8, 8)
+    )
 
 
 # --- what a user sees
@@ -489,6 +555,45 @@ def test_arguments_that_do_not_go_together_are_refused(arguments, field):
     assert field in [problem.field for problem in error.value.problems]
 
 
+@pytest.mark.parametrize("method", ["uniform", "erdos-renyi", "magnitude", "fisher", "hessian"])
+@pytest.mark.parametrize("pruned", [0.0, 0.05])
+def test_where_nothing_is_to_be_dealt_out_every_block_stays_dense(method, pruned):
+    """Of 16 blocks 5 % are none."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 2), nn.Linear(2, 10))
+    config = CompressionConfig(pruned=pruned, unified=0.0, block=(2, 8), exempt_first_last=False)
+    plan = allocate(model, samples(), config, method=method)
+    assert [layer.counts for layer in plan.layers] == [(0, 0), (0, 0)]
+    assert plan.allocation.method == method
+
+
+def test_a_budget_where_every_layer_is_exempt_is_refused():
+    with pytest.raises(InputError, match="file_bytes: 5,000, but every layer is exempt") as error:
+        allocate(network(), samples(), NONE, budget="file_bytes=5000")
+    assert "exempt = false" in str(error.value)
+    model = network()
+    plan = plan_layers(model, NONE)
+    types = ADMM(model, plan).finalize()
+    kept = keep_within(parse_budget("file_bytes=9"), model, plan, types, (2, 8, 8))
+    assert all(torch.equal(kept[name], types[name]) for name in types)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("latency_cycles", 900.0), "machine: latency_cycles depends on the machine, and none is given"),
+        (("image_bytes", 900.0), "machine: image_bytes"),
+        (("file_bytes", 900.0, load_machine("msa-16x16")), "machine: a file has the same bytes"),
+        (("file_bytes", 0.0), "file_bytes: 0, must be a positive number"),
+        (("file_bytes", math.nan), "file_bytes: nan, must be"),
+        (("energy_pj", math.inf, load_machine("msa-16x16")), "energy_pj: inf, must be"),
+        (("latency", 900.0), 'quantity: "latency" is no such quantity'),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Budget(*arguments)
+
+
 def test_the_file_estimate_counts_what_is_packed():
     model = nn.Sequential(nn.Linear(6, 6, bias=False))
     layer = plan_layers(model, CompressionConfig(block=(4, 4), exempt_first_last=False)).layers[0]
@@ -501,7 +606,7 @@ def test_the_file_estimate_counts_what_is_packed():
 def test_a_machine_of_your_own_is_a_budget_too():
     machine = load_machine("msa-16x16").with_fields({"dram.gb_per_s": 1.0})
     slow, fast = (
-        allocate(network(), samples(), ALL, budget=module.Budget("latency_cycles", 4500, chosen))
+        allocate(network(), samples(), ALL, budget=Budget("latency_cycles", 4500, chosen))
         for chosen in (machine, load_machine("msa-16x16"))
     )
     assert sum(layer.counts[0] for layer in slow.layers) > sum(layer.counts[0] for layer in fast.layers)

@@ -247,7 +247,12 @@ def test_block_shapes_are_chosen_per_layer(tmp_path: Path, dense: Path) -> None:
     assert result.exception is None, result.output
     artifact = load_artifact(path)
     assert {layer.block for layer in artifact.compressed.values()} <= {(1, 4), (4, 4), (8, 8)}
-    assert artifact.results["budget"]["reached"] <= 12000
+    size = path.stat().st_size
+    assert artifact.results["budget"] == {"quantity": "file_bytes", "limit": 12000, "reached": size}
+    assert f"budget    file_bytes {size:,} of 12,000" in result.stdout
+    missed = "does not keep the budget of 12,000 file_bytes"
+    assert (missed in result.stderr) == (size > 12000)
+    assert 0.9 * 12000 < size < 1.1 * 12000
 
 
 def test_an_allocation_of_ratios(tmp_path: Path, dense: Path) -> None:

@@ -13,11 +13,12 @@ from compress import file_budget
 from compress.allocate import allocate
 from compress.artifact import Artifact, artifact_size
 from compress.budget import Budget, FileRates, LayerRates, file_bytes, parse_budget
-from compress.file_budget import file_rates, within_file_bytes
+from compress.file_budget import compress_within, file_rates, within_file_bytes
+from compress.fill import UnreachableError
 from compress.one_shot import OneShotRecipe, one_shot
 from compress.rebuild import make_artifact
 from compress.rules import CompressionConfig, plan_layers
-from hwsim.errors import InputError
+from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, PRUNED, UNIFIED
 
 ALL = CompressionConfig(block=(4, 4), exempt_first_last=False)
@@ -108,6 +109,92 @@ def test_a_budget_that_no_turn_meets_is_refused_with_the_smallest_file() -> None
         within_file_bytes(parse_budget("file_bytes=1000"), lambda budget, turn: artifact, most_turns=3)
 
 
+@pytest.mark.parametrize("limit", [2_300, 2_820])
+def test_a_budget_that_the_upper_estimate_refuses_is_kept_by_the_file(limit: int) -> None:
+    with pytest.raises(InputError, match="still costs 2,938"):
+        built(parse_budget(f"file_bytes={limit}"))
+    artifact, _ = within_file_bytes(parse_budget(f"file_bytes={limit}"), lambda budget, turn: built(budget))
+    assert (1 - TOLERANCE) * limit <= artifact_size(artifact) <= limit
+    executed = [int((layer.types != PRUNED).sum()) for layer in artifact.compressed.values()]
+    assert sum(executed) > 10 * len(executed)  # the least network was built for its prices, not kept
+
+
+def test_a_refusal_names_the_budget_and_the_smallest_file_that_there_is() -> None:
+    def build(budget: Budget, turn: int) -> Artifact:
+        return built(budget, CompressionConfig())
+
+    with pytest.raises(
+        InputError, match=r"file_bytes: 6,000 cannot be reached; the smallest file has"
+    ) as error:
+        within_file_bytes(parse_budget("file_bytes=6000"), build)
+    (problem,) = error.value.problems
+    assert "exempt" in problem.hint
+    smallest = int(problem.message.split()[-2].replace(",", ""))
+    artifact, _ = within_file_bytes(parse_budget(f"file_bytes={smallest + 10}"), build)
+    assert artifact_size(artifact) <= smallest + 10
+
+
+def refused(budget: Budget, smallest: float) -> UnreachableError:
+    return UnreachableError(
+        Problem("file_bytes", f"{budget.limit} cannot be reached", "larger blocks"), smallest
+    )
+
+
+def test_where_less_than_the_budget_is_refused_the_whole_of_it_is_tried() -> None:
+    """What is aimed at after a miss lies below the budget, and no user has asked for it."""
+    large, small = (built(parse_budget(f"file_bytes={limit}")) for limit in (4_000, 3_200))
+    budget = parse_budget(f"file_bytes={artifact_size(small) + 100}")
+    limits = []
+
+    def build(aim: Budget, turn: int) -> Artifact:
+        limits.append(aim.limit)
+        if aim.limit < budget.limit - 1:
+            raise refused(aim, budget.limit - 1)
+        return large if turn == 0 else small
+
+    artifact, _ = within_file_bytes(budget, build)
+    assert artifact.compressed == small.compressed
+    assert limits[0] == limits[2] == budget.limit > limits[1]
+    with pytest.raises(InputError, match=rf"^budget: file_bytes: {budget.limit:,.0f} ") as error:
+        within_file_bytes(budget, lambda aim, turn: large if aim is budget else build(aim, 0))
+    assert "larger blocks" in str(error.value)
+
+
+def test_a_file_that_kept_the_budget_is_not_lost_to_a_later_refusal() -> None:
+    artifact = built(parse_budget("file_bytes=4000"))
+    budget = parse_budget(f"file_bytes={1.5 * artifact_size(artifact)}")
+
+    def build(aim: Budget, turn: int) -> Artifact:
+        if turn > 0 and aim.limit < 1e6:
+            raise refused(aim, 1e6)
+        return artifact
+
+    assert within_file_bytes(budget, build)[0].compressed == artifact.compressed
+
+
+def test_a_trained_network_says_the_budget_that_was_asked_for_and_its_own_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aims = []
+
+    def compress(*_: object, budget: Budget, one_shot: OneShotRecipe | None, **options: object) -> Artifact:
+        """Training makes a larger file of it."""
+        aims.append(budget.limit)
+        artifact = built(budget if one_shot else replace(budget, limit=1.1 * budget.limit))
+        spent = {"quantity": "file_bytes", "limit": budget.limit, "reached": 1.0}
+        return replace(artifact, results={"budget": spent, "warnings": []})
+
+    monkeypatch.setattr(file_budget, "compress_checkpoint", compress)
+    trained = compress_within(None, None, ALL, budget=parse_budget("file_bytes=10000"))  # type: ignore[arg-type]
+    assert aims[-1] < 10_000
+    size = artifact_size(trained)
+    assert trained.results["budget"] == {"quantity": "file_bytes", "limit": 10_000, "reached": size}
+    assert size > 10_000
+    assert trained.results["warnings"] == [
+        "the trained network does not keep the budget of 10,000 file_bytes: ask for a little less"
+    ]
+
+
 def test_a_budget_of_the_machine_is_tightened_until_the_final_types_keep_it() -> None:
     artifact = built(None)
     limits = []
@@ -127,3 +214,23 @@ def test_a_budget_of_the_machine_is_tightened_until_the_final_types_keep_it() ->
             parse_budget("latency_cycles=1000"),
             lambda budget, turn: replace(artifact, results={"budget": {"reached": 2000}}),
         )
+
+
+def test_a_budget_of_the_machine_that_was_tightened_too_far_takes_the_least() -> None:
+    artifact = built(None)
+
+    def build(budget: Budget, turn: int) -> Artifact:
+        """The least that can be dealt out is 985; it comes out 30 above what was dealt out, or 5."""
+        if budget.limit < 985:
+            raise refused(budget, 985)
+        more = 30 if budget.limit == 1000 else least
+        return replace(artifact, results={"budget": {"limit": budget.limit, "reached": budget.limit + more}})
+
+    least = 5
+    found = file_budget.within_measured(parse_budget("latency_cycles=1000"), build)
+    assert found.results["budget"] == {"limit": 1000, "reached": 990}
+    least = 20
+    with pytest.raises(
+        InputError, match=r"latency_cycles: 1,000 was not met in 2 turns; the last took 1,005"
+    ):
+        file_budget.within_measured(parse_budget("latency_cycles=1000"), build)
