@@ -64,9 +64,10 @@ def with_layers_for_calls(model: nn.Module) -> tuple[nn.Module, list[tuple[str, 
         if result is not None and _has_place(model, name):
             rewritten, layers = result
             model = replace_module(model, name, rewritten)
-            found.append(
-                (name, type(module).__name__, f"calls on a parameter as layers: {', '.join(layers)}")
-            )
+            became = f"calls on a parameter as layers: {', '.join(layers)}"
+            if idle := _left_out(module, rewritten):
+                became += f"; without what its forward never runs: {', '.join(idle)}"
+            found.append((name, type(module).__name__, became))
     return model, found
 
 
@@ -77,6 +78,16 @@ def _has_place(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _left_out(module: nn.Module, rewritten: nn.Module) -> list[str]:
+    """Parts with weights of their own that did not come along."""
+    known = set(rewritten.modules())
+    return [
+        name
+        for name, part in module.named_modules()
+        if name and part not in known and next(part.parameters(recurse=False), None) is not None
+    ]
 
 
 def _rewritten(module: nn.Module) -> tuple[nn.Module, list[str]] | None:

@@ -258,10 +258,12 @@ def test_a_module_with_calls_under_two_names_stays_one() -> None:
     assert [shape.name for shape in layer_shapes(plain, (4,))] == ["0.a.w_layer", "0.a.w_layer#2"]
 
 
-def test_what_a_rewritten_module_does_not_run_is_in_nobodys_way() -> None:
+def test_what_a_rewritten_module_does_not_run_is_left_out_and_said_so() -> None:
     model = Product()
     model.idle = nn.Sequential(Product())
     assert isinstance(same(model, torch.randn(2, 4)).get_submodule("w_layer"), nn.Linear)
+    assert "without what its forward never runs: idle.0" in to_plain(model).changes[0].became
+    assert "never runs" not in to_plain(Product()).changes[0].became
 
 
 class Frozen(nn.Module):
