@@ -459,19 +459,17 @@ def test_twice_as_long_is_held_against_both_dense_networks(tmp_path: Path) -> No
     folder = StudyFolder(tmp_path / "study")
     accuracy = {"dense": 0.92, "budget": 0.915, "unstructured": 0.91}
     for run in STUDIES["longer"]():
-        if run.seed < 3:
-            folder.write(stored(run, accuracy[run.method], size=34_000))
+        folder.write(stored(run, accuracy[run.method], size=34_000))
     for run in STUDIES["fashion-mnist"]():
         if (run.task, run.method) == ("lenet5", "dense"):
             folder.write(stored(run, 0.917 + 0.001 * run.seed, size=1_724_320))
     page = tmp_path / "results.md"
     write_results_page(folder.path, page)
     section = page.read_text().split("### Twice as long")[1].split("## 1.2")[0]
-    assert "| dense |  |  | 92.00 ± 0.00 |  |  | 34,000 | 3 of 5 |" in section
+    assert "| dense |  |  | 92.00 ± 0.00 |  |  | 34,000 | 3 |" in section
     # To 92.0 each, and to 91.7, 91.8 and 91.9: half an interval is 4.303 · 0.1 / √3.
     assert (
-        "| joint, budget | 4×4 | 50x | 91.50 ± 0.00 | -0.50 ± 0.00 | -0.30 ± 0.25 | 34,000 | 3 of 5 |"
-        in section
+        "| joint, budget | 4×4 | 50x | 91.50 ± 0.00 | -0.50 ± 0.00 | -0.30 ± 0.25 | 34,000 | 3 |" in section
     )
     assert "| 50x | 0.3 | joint, budget 4×4 | -0.50 ± 0.00 | 3 | no |" in section
 
