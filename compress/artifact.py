@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -40,8 +40,6 @@ __all__ = [
     "matrix_to_weight",
     "save_artifact",
 ]
-
-_log = logging.getLogger(__name__)
 
 ARTIFACT_FORMAT, ARTIFACT_VERSION = "hwsim-compressed", 2
 
@@ -206,10 +204,11 @@ def save_artifact(path: str | Path, artifact: Artifact, preset: str = "small") -
     size_bytes = write_container(path, *_file_parts(artifact, preset))
     count = _parameters(artifact.weight_shapes.values(), artifact.state)
     if count > DEFAULT_MAX_WEIGHTS:
-        _log.warning(
-            "%s holds %s parameters, above the limit of %s for files of unknown origin: load_artifact(path, max_weights=%d)",
-            path, f"{count:,}", f"{DEFAULT_MAX_WEIGHTS:,}", count,
-        )  # fmt: skip
+        message = (
+            f"{path} holds {count:,} parameters, above the limit of {DEFAULT_MAX_WEIGHTS:,} for files of unknown origin: "
+            f"load_artifact(path, max_weights={count}) reads it"
+        )
+        warnings.warn(message, stacklevel=2)
     return size_bytes
 
 
