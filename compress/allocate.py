@@ -406,7 +406,7 @@ def keep_within(
     Returns
     -------
     dict from layer name to uint8 Tensor
-        On the CPU.
+        Where those that came in are.
     """
     cost = budget.cost_function(model, input_shape)
     kept = {name: codes.cpu().numpy().copy() for name, codes in types.items()}
@@ -433,7 +433,7 @@ def keep_within(
             # Blocks that are pruned have no energy left and are bought last: nothing is stepped up.
             kept[choice.layer.name] = np.minimum(kept[choice.layer.name], choice.types)
         limit -= max(excess(), 0.0)
-    return {name: torch.from_numpy(codes) for name, codes in kept.items()}
+    return {name: torch.from_numpy(codes).to(types[name].device) for name, codes in kept.items()}
 
 
 def _options(
