@@ -100,7 +100,10 @@ def _outputs(run: _Run, values: Tensor, source: str) -> Sequence[Tensor]:
     try:
         result = run.run(values)
     except Exception as error:  # whatever torch says to sizes that do not fit
-        text = f"no forward pass with an input of {tuple(values.shape)}, at {run.at}: {error}"
+        said = (str(error).splitlines() or [type(error).__name__])[
+            0
+        ]  # behind it torch.fx tells of its own graph
+        text = f"no forward pass with an input of {tuple(values.shape)}, at {run.at}: {said}"
         raise InputError(source, Problem("input_shape", text)) from None
     return [result] if isinstance(result, Tensor) else result
 
