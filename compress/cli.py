@@ -213,6 +213,12 @@ def train(
     is_flag=True,
     help="No training: each layer is fitted to what the original gives on the calibration images.",
 )
+@click.option(
+    "--rounding-error",
+    type=float,
+    help="With --one-shot: coarser integers for a smaller file, each layer by what the network's outputs lose; the share of "
+    "their energy that rounding may cost by a first-order estimate, as 0.01.  [default: 0]",
+)
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(
     "--inputs",
@@ -245,6 +251,7 @@ def compress(
     max_loss: float | None,
     device: str,
     one_shot: bool,
+    rounding_error: float | None,
     activation_bits: int,
     inputs: Path | None,
     input_shape: str | None,
@@ -288,6 +295,7 @@ def compress(
             else _trained_problems(model, inputs, input_shape)
         ),
         *(_one_shot_problems(device, settings) if one_shot or untrained else ()),
+        *_rounding_problems(rounding_error, one_shot),
         *_choice_problems(budget, len(shapes), settings),
         *width_problems(activation_bits),
     ]
@@ -308,6 +316,7 @@ def compress(
                 inputs=inputs,
                 input_shape=parse_shape(input_shape),
                 one_shot=one_shot,
+                rounding_error=rounding_error or 0.0,
                 allocation=allocation,
                 budget=wanted,
                 blocks=shapes if wanted is not None else (),
@@ -342,7 +351,7 @@ def compress(
                 calibration_images=calibration_images,
                 max_loss=(DEFAULT_MAX_LOSS if max_loss is None else max_loss) if preset else 0.0,
                 preset=preset or "small",
-                one_shot=OneShotRecipe() if one_shot else None,
+                one_shot=OneShotRecipe(rounding_error=rounding_error or 0.0) if one_shot else None,
                 progress=progress,
                 resume_from=checkpoint,
                 device=where,
@@ -434,6 +443,20 @@ def _choice_problems(budget: str | None, blocks: int, settings: dict[str, Any]) 
         ]
     if budget is None and blocks > 1:
         problems.append(Problem("--block", "several shapes are chosen from by --budget only", "give one"))
+    return problems
+
+
+def _rounding_problems(rounding_error: float | None, one_shot: bool) -> list[Problem]:
+    from hwsim.errors import Problem
+
+    if rounding_error is None:
+        return []
+    problems = []
+    if not one_shot:
+        hint = "add --one-shot, or let --preset choose coarser integers"
+        problems.append(Problem("--rounding-error", "is of one shot", hint))
+    if not 0 <= rounding_error <= 1:
+        problems.append(Problem("--rounding-error", f"{rounding_error}, must be from 0 to 1", "try 0.01"))
     return problems
 
 

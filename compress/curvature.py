@@ -46,6 +46,7 @@ __all__ = [
     "input_patches",
     "is_observable",
     "listening",
+    "squared_gradients",
 ]
 
 CurvatureKind = Literal["fisher", "hessian"]
@@ -312,12 +313,12 @@ def diagonal_fisher(
         singles = [loss_fn(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(outputs))]
         return torch.stack(singles).sum()
 
-    sums, samples = _squared_gradients(model, _modules(layers), data, loss_of, of_samples=True)
+    sums, samples = squared_gradients(model, _modules(layers), data, loss_of, of_samples=True)
     shaped = {layer.name: sums[layer.name].float().reshape(layer.weight_shape) for layer in layers}
     return _means(shaped, samples)
 
 
-def _squared_gradients(
+def squared_gradients(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     data: Iterable[tuple[Tensor, Tensor]],
@@ -326,7 +327,8 @@ def _squared_gradients(
 ) -> tuple[dict[str, Tensor], int]:
     """Sums of squared gradients of a loss that is a sum over samples: ``float64[groups, m, k]`` per module; and the samples.
 
-    What is squared is the gradient of each sample, or that of each batch.
+    What is squared is the gradient of each sample, or that of each batch. Columns are in the order of the weight itself; a
+    module that never ran keeps zeros.
     """
     sums = {
         name: torch.zeros(
@@ -495,7 +497,7 @@ def curvatures(
 
     modules = {name: model.get_submodule(name) for name in layers}
     batches = ((batch, batch) for batch in inputs.split(batch_size))
-    sums, samples = _squared_gradients(model, modules, batches, loss_of, of_samples=False)
+    sums, samples = squared_gradients(model, modules, batches, loss_of, of_samples=False)
     found = {}
     for name, layer in layers.items():
         columns = column_permutation(tuple(modules[name].get_parameter("weight").shape), layer.column_order)

@@ -20,6 +20,7 @@ from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
 from compress.one_shot.solver import projected, quantized, solve
 from compress.one_shot.state import LayerFiles, surroundings
+from compress.one_shot.steps import least_steps
 from compress.permute import Permutation, output_tensors, permute_channels
 from compress.quantize import dequantize
 from compress.retrain import check_invariants
@@ -170,6 +171,7 @@ def one_shot(
             permutation = permute_channels(model, plan, batches[0])
         # The original network's outputs are the targets; one that is not needed costs no memory.
         original = copy.deepcopy(model) if recipe.target == "network" else model
+        steps = least_steps(model, plan, batches, recipe.rounding_error)
         order = execution(model, plan, batches[0])
         seen, held_out = _split(batches, recipe.held_out if recipe.method == "hessian" else 0.0)
         judge = _Judge.of(model, held_out) if held_out else None
@@ -179,7 +181,7 @@ def one_shot(
         for number, step in enumerate(order, 1):
             done = files.read(number, step.layer, step.norm)
             if done is None:
-                done = _compress_layer(step, observer, judge, recipe)
+                done = _compress_layer(step, observer, judge, recipe, steps.get(step.layer.name, 0.0))
                 files.write(number, step.layer, step.norm, *done)
             layers[step.layer.name], error = done
             if error is not None:
@@ -265,7 +267,7 @@ def _numbers(outputs: Any) -> list[Tensor]:
 
 
 def _compress_layer(
-    step: Step, observer: Observer, judge: _Judge | None, recipe: OneShotRecipe
+    step: Step, observer: Observer, judge: _Judge | None, recipe: OneShotRecipe, least_step: float
 ) -> tuple[CompressedLayer, LayerError | None]:
     """The integers of a layer; weight, bias and following normalisation of the model are changed to match."""
     layer = step.layer
@@ -273,7 +275,7 @@ def _compress_layer(
     weight = weight_to_matrix(parameter.detach(), layer.groups, layer.settings.column_order).double()
     is_fitted = bool(step.uses) and recipe.method == "hessian"
     start = projected(layer, weight)
-    plain = quantized(layer, start, None)
+    plain = quantized(layer, start, None, least_step=least_step)
     if not is_fitted:
         parameter.copy_(dequantize(plain, layer.weight_shape))
         return plain, None
@@ -284,7 +286,7 @@ def _compress_layer(
     quadratic = Quadratic.of_products(fitted.products, fitted.cross, weight, recipe.damping)
     try:
         solution = solve(layer, quadratic, recipe)
-        compressed = quantized(layer, solution.form, quadratic)
+        compressed = quantized(layer, solution.form, quadratic, least_step=least_step)
     except torch.linalg.LinAlgError:
         message = (
             f"{recipe.damping}: so little that the Hessian of these calibration inputs is singular in float64"

@@ -36,6 +36,10 @@ class OneShotRecipe(BaseModel):
         Turns in which signs are chosen anew and magnitudes refitted, while that helps.
     refit_bias : bool
         Biases, or the means of the batch normalisation that follows, take back the shift of a layer's outputs.
+    rounding_error : float
+        Coarser integers for a smaller file: share of the energy of the network's outputs that rounding dense weights may cost,
+        by a first-order estimate (`compress.one_shot.steps`). Steps grow beyond what the bits ask for, in each layer so far
+        that a bit saved costs the outputs the same everywhere. 0: as fine as the bits allow.
     refit_variance : bool
         The variances of the batch normalisation that follows change as the outputs' did.
     batch_size : int
@@ -60,4 +64,5 @@ class OneShotRecipe(BaseModel):
     sign_turns: Annotated[int, Field(strict=True, ge=0, le=1_000)] = 8
     refit_bias: Annotated[bool, Field(strict=True)] = True
     refit_variance: Annotated[bool, Field(strict=True)] = False
+    rounding_error: Annotated[float, Field(ge=0, le=1)] = 0.0
     batch_size: Annotated[int, Field(strict=True, ge=1, le=1 << 20)] = 32

@@ -6,9 +6,11 @@ anew while that helps, and everything is rounded to integers with the errors of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,29 +162,59 @@ def _best_step(form: Form, quadratic: Quadratic, steps: list[float], bits: tuple
     return min([*steps[max(0, near - 5) : near + 6], alone], key=loss)
 
 
-def _rounded(form: Form, step: float, weight_bits: int, magnitude_bits: int) -> Form:
+def _rounded(form: Form, step: float, weight_bits: int, magnitude_bits: int, stride: int = 1) -> Form:
+    low, high = _multiples(weight_bits, stride)
     magnitudes = torch.round(form.magnitudes / step).clamp_(*magnitude_range(magnitude_bits)) * step
-    dense = torch.round(form.dense / step).clamp_(*weight_range(weight_bits)) * step
+    dense = torch.round(form.dense / (stride * step)).clamp_(low, high) * (stride * step)
     return replace(form, magnitudes=magnitudes, dense=dense)
 
 
+def _multiples(weight_bits: int, stride: int) -> tuple[int, int]:
+    """The least and the greatest multiple of a stride among the integers of so many bits, in strides."""
+    low, high = weight_range(weight_bits)
+    return -(-low // stride), high // stride
+
+
+def _coarser(form: Form, step: float, least_step: float) -> tuple[float, int]:
+    """A step not below the given one, and how many of it the step of dense weights is: at least ``least_step`` altogether.
+
+    A magnitude stands for all weights of its block, so its error counts so many times: its step is finer by up to the square
+    root of their number, and dense weights, which add into the same accumulator, take every second, fourth, … multiple of it.
+    """
+    if least_step <= step:
+        return step, 1
+    stride = 1
+    if bool((form.types == UNIFIED).any()):
+        finer = min(math.sqrt(math.prod(form.block)), least_step / step)
+        stride = 1 << int(math.log2(finer))
+    return float(np.float32(least_step / stride)), stride
+
+
 def quantized(
-    layer: PlannedLayer, form: Form, quadratic: Quadratic | None, sign_turns: int = 1
+    layer: PlannedLayer,
+    form: Form,
+    quadratic: Quadratic | None,
+    sign_turns: int = 1,
+    *,
+    least_step: float = 0.0,
 ) -> CompressedLayer:
-    """The integers of a form; with a quadratic, signs and dense weights make up for what rounding changed."""
+    """The integers of a form; with a quadratic, signs and dense weights make up for what rounding changed.
+
+    Dense weights are multiples of at least ``least_step`` (`compress.one_shot.steps`).
+    """
     settings = layer.settings
     bits = settings.weight_bits, settings.magnitude_bits
-    low, high = weight_range(bits[0])
     layer_of = form.dense, form.magnitudes, form.types, settings.block
     if quadratic is None:
         step = choose_step_size(*layer_of, *bits)
     else:
         # By what the outputs lose: a few outliers that meet large inputs may matter more than the precision of all others.
         step = _best_step(form, quadratic, candidate_steps(*layer_of, *bits), bits)
-    form = _rounded(form, step, *bits)
+    step, stride = _coarser(form, step, least_step)
+    form = _rounded(form, step, *bits, stride)
     for _ in range(sign_turns if quadratic is not None else 0):
         assert quadratic is not None
-        form, changed = choose_levels(quadratic, form, (step, low, high))
+        form, changed = choose_levels(quadratic, form, (stride * step, *_multiples(bits[0], stride)))
         if not changed:
             break
     integers = quantize_blocks(

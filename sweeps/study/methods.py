@@ -217,10 +217,22 @@ def start_network(
     run: Run, task: Task, examples: Examples, folder: StudyFolder, progress: ProgressCallback | None = None
 ) -> nn.Module:
     """The network that compressions of this seed start from: trained once, kept, shared by all runs."""
+    return _kept_network(run, task, examples, folder, progress, run.training.dense_epochs)
+
+
+def _kept_network(
+    run: Run,
+    task: Task,
+    examples: Examples,
+    folder: StudyFolder,
+    progress: ProgressCallback | None,
+    epochs: int,
+) -> nn.Module:
+    """A dense network of so many epochs, trained by the first run that asks for it."""
     shared = replace(run, seed=0) if task.shared_start else run
     training = run.training
     fields = (
-        *(task.name, shared.seed, training.dense_epochs, training.lr_dense, training.batch_size),
+        *(task.name, shared.seed, epochs, training.lr_dense, training.batch_size),
         *(training.train_images, training.held_out, training.precision),
     )
     key = "-".join(str(field) for field in fields)
@@ -228,7 +240,7 @@ def start_network(
     with folder.claim(f"dense-{key}", wait=True):
         if not path.exists():
             state = folder.state_folder(f"dense-{key}")
-            model = _trained(shared, task, examples, folder, progress, training.dense_epochs, state)
+            model = _trained(shared, task, examples, folder, progress, epochs, state)
             tensors = {name: values.numpy() for name, values in model.state_dict().items()}
             write_container(path, {"format": DENSE_FORMAT, "version": DENSE_VERSION}, tensors)
             folder.forget(f"dense-{key}")
@@ -272,12 +284,13 @@ def _compressed(
     calibration = _calibration(run, task, examples)
     budget = as_budget(run.budget or None)
     plan = _plan(run, task, model, calibration, budget)
-    teacher = _outputs(start, inputs) if training.distill and trains else None
-    loss_fn = (
-        _Loss(task, training.distill, training.temperature, _width(targets))
-        if teacher is not None
-        else task.loss
-    )
+    teacher, loss_fn = None, task.loss
+    if training.distill and trains:
+        teaches = start
+        if training.teacher_epochs:
+            teaches = _kept_network(run, task, examples, folder, progress, training.teacher_epochs)
+        teacher = _outputs(teaches, inputs)
+        loss_fn = _Loss(task, training.distill, training.temperature, _width(targets))
     adjust = None if budget is None else partial(keep_within, budget, input_shape=tuple(inputs.shape[1:]))
     with channels_last(model, inputs[:2]):
         result = compress(

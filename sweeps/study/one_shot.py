@@ -196,7 +196,9 @@ def compressed(run: Run, folder: StudyFolder, progress: Callable[[Progress], Non
         model,
         _batches(ready.calibration),
         plan,
-        OneShotRecipe(method="hessian" if run.method == "hessian" else "projection"),
+        OneShotRecipe(
+            method="hessian" if run.method == "hessian" else "projection", rounding_error=run.rounding_error
+        ),
         progress=report,
         checkpoint=folder.state_folder(run.key),
     )

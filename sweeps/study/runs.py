@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -54,7 +55,8 @@ METHODS = {
 ONE_SHOT = ("projection", "hessian")
 """Methods without any training of ours."""
 
-_LATER_FIELDS = {"weight_bits": 8}
+_LATER_FIELDS = {"weight_bits": 8, "rounding_error": 0.0}
+_LATER_TRAINING_FIELDS = {"teacher_epochs": 0}
 """Fields that came after results had been stored; at these values they are no part of a key."""
 
 
@@ -74,7 +76,7 @@ class Training:
         See `compress.rules.Recipe`, as the next two.
     updates_per_epoch, ramp_updates : int
     distill : float
-        Share of the loss that is the distance to the start network.
+        Share of the loss that is the distance to the teacher.
     temperature : float
         Of the distillation of classes.
     batch_size : int
@@ -87,6 +89,8 @@ class Training:
         Train without the last 5,000 training examples, and measure on these instead of the test set: for choosing recipes.
     precision : {"fp32", "bf16"}
         Of the training alone (`compress.loop.Gradients`); everything is measured in fp32.
+    teacher_epochs : int
+        Of a dense network that is trained to teach; 0: the start network teaches.
     """
 
     dense_epochs: int = 12
@@ -105,6 +109,7 @@ class Training:
     train_images: int = 0
     held_out: bool = False
     precision: Precision = "fp32"
+    teacher_epochs: int = 0
 
     @property
     def epochs(self) -> int:
@@ -146,6 +151,8 @@ class Run:
         Of no meaning in one shot.
     weight_bits : int
         Of a dense weight in one shot.
+    rounding_error : float
+        In one shot, see `compress.one_shot.OneShotRecipe`.
 
     Raises
     ------
@@ -169,6 +176,7 @@ class Run:
     target_bytes: int = 0
     training: Training = field(default_factory=Training)
     weight_bits: int = 8
+    rounding_error: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -190,7 +198,8 @@ class Run:
     @property
     def key(self) -> str:
         """16 hexadecimal digits of everything that decides the result: all fields and `STUDY_VERSION`."""
-        fields = {name: value for name, value in asdict(self).items() if _LATER_FIELDS.get(name) != value}
+        fields = _without(asdict(self), _LATER_FIELDS)
+        fields["training"] = _without(fields["training"], _LATER_TRAINING_FIELDS)
         content = json.dumps({"version": STUDY_VERSION, **fields}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -233,6 +242,10 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; `run_from_json` is the inverse."""
         return asdict(self)
+
+
+def _without(fields: dict[str, Any], later: Mapping[str, object]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in later or later[name] != value}
 
 
 def run_from_json(data: dict[str, Any], source: str) -> Run:

@@ -26,7 +26,7 @@ from hwsim.cli import cli
 from hwsim.errors import FormatError, InputError
 from sweeps.cli_study import study
 from sweeps.statistics import T_975, estimate, paired_difference
-from sweeps.study import catalogue, pitch, report, runner, tasks
+from sweeps.study import catalogue, methods, pitch, report, runner, tasks
 from sweeps.study.catalogue import STUDIES
 from sweeps.study.channels import narrow_lenet5, narrow_resnet
 from sweeps.study.dense import train_dense
@@ -119,8 +119,16 @@ def test_a_key_is_of_every_field_and_survives_json() -> None:
         replace(JOINT, variant="x"),
         replace(JOINT, target_bytes=1),
         replace(JOINT, training=replace(TINY, distill=0.0)),
+        replace(JOINT, weight_bits=6),
+        replace(JOINT, rounding_error=0.01),
+        replace(JOINT, training=replace(TINY, teacher_epochs=3)),
     ]
-    assert len({run.key for run in (JOINT, *changed)}) == 6
+    assert len({run.key for run in (JOINT, *changed)}) == 1 + len(changed)
+
+
+def test_fields_that_came_later_leave_older_results_their_keys() -> None:
+    """The key of a run that results were stored under before there were such fields."""
+    assert Run("lenet5", "start", training=catalogue.LENET5).key == "4c67c3434a490de0"
 
 
 @pytest.mark.parametrize(
@@ -472,6 +480,42 @@ def test_twice_as_long_is_held_against_both_dense_networks(tmp_path: Path) -> No
         "| joint, budget | 4×4 | 50x | 91.50 ± 0.00 | -0.50 ± 0.00 | -0.30 ± 0.25 | 34,000 | 3 |" in section
     )
     assert "| 50x | 0.3 | joint, budget 4×4 | -0.50 ± 0.00 | 3 | no |" in section
+
+
+def test_the_teacher_is_trained_for_its_own_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, taught = [], []
+
+    def note_training(model, *rest, epochs: int, **options):
+        trained.append(epochs)
+        return train_dense(model, *rest, epochs=epochs, **options)
+
+    def note_teacher(model, inputs):
+        taught.append(round(float(next(model.parameters()).detach().double().sum()), 6))
+        return outputs(model, inputs)
+
+    outputs = methods._outputs
+    monkeypatch.setattr(methods, "train_dense", note_training)
+    monkeypatch.setattr(methods, "_outputs", note_teacher)
+    folder = StudyFolder(tmp_path)
+    execute(JOINT, folder)
+    execute(replace(JOINT, training=replace(TINY, teacher_epochs=3)), folder)
+    assert trained == [1, 3]
+    assert len(set(taught)) == 2
+    assert len(list((tmp_path / "dense").iterdir())) == 2
+
+
+def test_a_taught_network_is_held_against_its_teacher(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "study")
+    for run in STUDIES["teacher"]():
+        folder.write(stored(run, 0.917 if run.method == "budget" else 0.915, size=17_000))
+    for run in STUDIES["fashion-mnist"]():
+        if (run.task, run.method) == ("lenet5", "dense"):
+            folder.write(stored(run, 0.919, size=1_724_320))
+    page = tmp_path / "results.md"
+    write_results_page(folder.path, page)
+    section = page.read_text().split("### A better teacher")[1].split("## 1.2")[0]
+    assert "| joint, budget | 4×4 | 100x | 91.70 ± 0.00 | -0.20 ± 0.00 | 17,000 |" in section
+    assert "| 50x | 0.3 | joint, budget 4×4 | -0.20 ± 0.00 | 5 | yes |" in section
 
 
 def test_ablation_compares_with_the_full_method(tmp_path: Path) -> None:
