@@ -345,7 +345,8 @@ def squared_gradients(
 
     def see(name: str, _: nn.Module, x: Tensor, outputs: Tensor) -> None:
         # The edge, not the tensor: an activation in place would make it another one.
-        seen.append((name, x.detach(), get_gradient_edge(outputs)))
+        if outputs.requires_grad:
+            seen.append((name, x.detach(), get_gradient_edge(outputs)))
 
     samples = 0
     with (
@@ -357,6 +358,10 @@ def squared_gradients(
             samples += len(inputs)
             seen.clear()
             loss = loss_of(model(inputs), targets)
+            if not (loss.requires_grad and seen):
+                message = "have no derivative with respect to any of its weights"
+                hint = "the forward pass switches gradients off, or gives whole numbers"
+                raise InputError("curvature", Problem("outputs of the network", message, hint))
             gradients = torch.autograd.grad(loss, [edge for *_, edge in seen], allow_unused=True)
             uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
             for (name, x, _), gradient in zip(seen, gradients, strict=True):

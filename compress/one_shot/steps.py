@@ -50,7 +50,7 @@ def least_steps(
     Raises
     ------
     InputError
-        Outputs or derivatives that are not finite.
+        Outputs or derivatives that are not finite, or outputs without any derivative.
     """
     layers = [layer for layer in plan.layers if is_observable(layer.module)]
     if not rounding_error or not layers:
@@ -62,10 +62,9 @@ def least_steps(
         nonlocal energy
         real = [values for values in output_tensors(outputs) if values.is_floating_point()]
         energy += sum(float(values.detach().double().square().sum()) for values in real)
-        drawn = [
-            torch.randint(0, 2, values.shape, generator=signs).mul_(2).sub_(1).to(values) for values in real
-        ]
-        return torch.stack([(values * sign).sum() for values, sign in zip(real, drawn, strict=True)]).sum()
+        drawn = (torch.randint(0, 2, values.shape, generator=signs).mul_(2).sub_(1) for values in real)
+        signed = ((values * sign.to(values)).sum() for values, sign in zip(real, drawn, strict=True))
+        return sum(signed, start=torch.zeros(()))
 
     modules = {layer.name: layer.module for layer in layers}
     sums, samples = squared_gradients(

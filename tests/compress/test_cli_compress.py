@@ -413,6 +413,26 @@ def test_one_shot_needs_no_training(tmp_path: Path, dense: Path, monkeypatch: py
     assert "layer fc3" in result.stderr
 
 
+def test_a_rounding_error_makes_the_file_smaller(tmp_path: Path, dense: Path) -> None:
+    sizes = []
+    for share in (0.0, 0.02):
+        path = tmp_path / f"model-{share}"
+        whole = ("--pruned", 0, "--unified", 0, "--rounding-error", share, "--out", path)
+        result = run(compress, dense, *ONE_SHOT, *whole)
+        assert result.exception is None, result.output
+        artifact = load_artifact(path)
+        assert artifact.recipe["one_shot"]["rounding_error"] == share
+        assert artifact.results["accuracy_one_shot"] > artifact.results["accuracy_dense"] - 0.05
+        sizes.append(path.stat().st_size)
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_a_rounding_error_is_a_share_and_of_one_shot(tmp_path: Path, dense: Path) -> None:
+    error = error_of(compress, dense, *QUICK, "--rounding-error", 1.5, "--out", tmp_path / "a")
+    assert isinstance(error, InputError)
+    assert [problem.message for problem in error.problems] == ["is of one shot", "1.5, must be from 0 to 1"]
+
+
 def test_one_shot_takes_no_options_of_training(tmp_path: Path, dense: Path) -> None:
     error = error_of(compress, dense, *ONE_SHOT, "--epochs-admm", 2, "--lr", 0.1, "--out", tmp_path / "a")
     assert isinstance(error, InputError)

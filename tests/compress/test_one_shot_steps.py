@@ -39,8 +39,8 @@ def inputs(count: int = 24, seed: int = 1) -> Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def dense_plan(model: nn.Module, **options) -> Plan:
-    return plan_layers(model, CompressionConfig(block=(2, 2), **options))
+def dense_plan(model: nn.Module) -> Plan:
+    return plan_layers(model, CompressionConfig(block=(2, 2), exempt_first_last=False))
 
 
 def true_squares(model: nn.Module, x: Tensor) -> dict[str, float]:
@@ -119,6 +119,39 @@ def test_values_that_are_not_finite_are_refused() -> None:
         model[5].weight[0, 0] = torch.nan
     with pytest.raises(InputError, match="not finite"):
         least_steps(model, dense_plan(model), [inputs()], 0.01)
+
+
+class _Whole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).argmax(dim=1)
+
+
+class _Switched(_Whole):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("model", [_Whole(), _Switched()])
+def test_outputs_without_derivatives_are_refused(model: nn.Module) -> None:
+    with pytest.raises(InputError, match="no derivative"):
+        least_steps(model, dense_plan(model), [torch.randn(4, 8)], 0.01)
+
+
+def test_outputs_may_be_packed_with_whole_numbers_among_them() -> None:
+    class Packed(_Whole):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"real": self.layer(x), "class": self.layer(x).argmax(dim=1)}
+
+    model = Packed()
+    plain = nn.Sequential(model.layer)
+    x = torch.randn(16, 8)
+    steps = [least_steps(each, dense_plan(each), [x], 0.01) for each in (model, plain)]
+    assert list(steps[0].values()) == pytest.approx(list(steps[1].values()))
 
 
 # --- a layer
