@@ -223,8 +223,20 @@ def recipe_choice() -> Iterator[Run]:
 
 
 ONE_SHOT_TASKS = ("efficientnet-lite0", "minilm-l6", "mobilenetv2")
-ONE_SHOT_POINTS: tuple[tuple[tuple[int, int], float, float, int], ...] = (
-    # block, pruned, unified, bits of dense weights: the most informative first
+ONE_SHOT_STEPS: tuple[tuple[tuple[int, int], float, float, float], ...] = (
+    # block, pruned, unified, share of the outputs' energy that rounding may cost: the most informative first
+    ((4, 4), 0.0, 0.0, 0.003),
+    ((4, 4), 0.0, 0.0, 0.01),
+    ((4, 4), 0.0, 0.1, 0.003),
+    ((4, 4), 0.1, 0.0, 0.003),
+    ((4, 4), 0.0, 0.0, 0.03),
+    ((1, 4), 0.1, 0.0, 0.003),
+    ((4, 4), 0.0, 0.25, 0.01),
+    ((4, 4), 0.0, 0.0, 0.1),
+    ((4, 4), 0.0, 0.0, 0.001),
+)
+ONE_SHOT_WIDTHS: tuple[tuple[tuple[int, int], float, float, int], ...] = (
+    # block, pruned, unified, bits of dense weights
     ((4, 4), 0.0, 0.0, 8),
     ((4, 4), 0.0, 1.0, 8),
     ((4, 4), 0.0, 0.5, 6),
@@ -251,21 +263,27 @@ def one_shot() -> Iterator[Run]:
     """
     for task in ONE_SHOT_TASKS:
         yield Run(task, "start")
-    for block, pruned, unified, bits in ONE_SHOT_POINTS:
-        shares = {"pruned": pruned, "unified": unified, "dense": round(1 - pruned - unified, 6)}
-        parts = [f"{share:.0%} {name}" for name, share in shares.items() if share]
-        point = ", ".join([*parts, f"{bits} bits"] if shares["dense"] else parts)
-        is_spread = pruned + unified > 0 and (pruned, unified) != (0.0, 1.0)
-        for task in ONE_SHOT_TASKS:
-            for method, ranking in (("hessian", "hessian"), ("projection", "magnitude")):
-                fields: dict[str, Any] = {
-                    "block": block, "pruned": pruned, "unified": unified, "weight_bits": bits,
-                    "allocation": ranking if is_spread else "",
-                }  # fmt: skip
-                run = Run(task, method, 0, point, **fields)
-                yield run
-                if pruned == 0.5 and block == (4, 4):
-                    yield replace(run, variant="Erdős–Rényi", allocation="erdos-renyi")
+    for block, pruned, unified, bits in ONE_SHOT_WIDTHS:
+        yield from _one_shot_point(block, pruned, unified, f"{bits} bits", weight_bits=bits)
+    for block, pruned, unified, share in ONE_SHOT_STEPS:
+        yield from _one_shot_point(block, pruned, unified, f"steps {share:.1%}", rounding_error=share)
+
+
+def _one_shot_point(
+    block: tuple[int, int], pruned: float, unified: float, rounding: str, **precision: Any
+) -> Iterator[Run]:
+    shares = {"pruned": pruned, "unified": unified, "dense": round(1 - pruned - unified, 6)}
+    parts = [f"{share:.0%} {name}" for name, share in shares.items() if share]
+    point = ", ".join([*parts, rounding] if shares["dense"] else parts)
+    is_spread = pruned + unified > 0 and (pruned, unified) != (0.0, 1.0)
+    for task in ONE_SHOT_TASKS:
+        for method, ranking in (("hessian", "hessian"), ("projection", "magnitude")):
+            allocation = ranking if is_spread else ""
+            fields: dict[str, Any] = {"block": block, "pruned": pruned, "unified": unified, **precision}
+            run = Run(task, method, 0, point, allocation=allocation, **fields)
+            yield run
+            if pruned == 0.5 and block == (4, 4):
+                yield replace(run, variant="Erdős–Rényi", allocation="erdos-renyi")
 
 
 def _distinct(runs: Callable[[], Iterator[Run]]) -> Callable[[], list[Run]]:

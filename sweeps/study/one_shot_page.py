@@ -59,7 +59,8 @@ def points_of(task: str, results: Iterable[Result]) -> list[Point]:
         if run.task != task:
             continue
         if run.method in ONE_SHOT:
-            series = f"{'blocks' if run.shape else 'rounded'}, {_short(run.method)}"
+            what = "blocks" if run.shape else "steps" if run.rounding_error else "rounded"
+            series = f"{what}, {_short(run.method)}"
             about = " ".join(part for part in (run.shape.replace("x", "×"), run.point, run.variant) if part)
             found.append(_point(series, about, result.quality, int(result.details["layer_bytes"]), result))
         elif run.method == "start":
@@ -115,7 +116,9 @@ def _text(results: Sequence[Result]) -> Iterator[str]:
         "Published weights (`hwsim models`), no labels, no training of ours: `compress.one_shot`. *Hessian*: types by the "
         "Hessian's diagonal, ADMM, magnitudes, signs and dense integers against the Hessian of the calibration inputs, biases "
         "or normalisation refitted. *Projection*: types by the weights, each layer to the nearest blocks, rounded to the "
-        "nearest integers. First layer, last layer and depthwise convolutions have no blocks and the same bits. Measured is "
+        "nearest integers. *Bits*: all layers are rounded to so many, one scale a layer. *Steps*: 8 bits, and coarser where "
+        "the network's outputs mind least (`rounding_error`, in % of their energy). First layer, last layer and depthwise "
+        "convolutions have no blocks and are rounded like the rest. Measured is "
         "how often the network read back from the file, with activations in float, answers as the fp32 network does: the same "
         "class, or the same nearest neighbour among the other sentences. That is no accuracy on ImageNet, and crops of six "
         "photographs are no sample of the world; one seed, a few hundred inputs: 1σ of a share of 80 % is about 3 points."

@@ -74,6 +74,16 @@ def test_a_run_measures_the_file_that_it_wrote(subject: one_shot.Subject, tmp_pa
     assert execute(run, StudyFolder(tmp_path / "again")).quality == found.quality
 
 
+def test_a_share_of_rounding_reaches_the_file(subject: one_shot.Subject, tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    fine, coarse = (
+        execute(Run("lenet300", "hessian", 0, f"{share}", rounding_error=share), folder)
+        for share in (0.0, 0.05)
+    )
+    assert coarse.details["recipe"]["rounding_error"] == 0.05
+    assert coarse.details["layer_bytes"] < 0.8 * fine.details["layer_bytes"]
+
+
 def test_depthwise_convolutions_stay_dense() -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
