@@ -51,7 +51,7 @@ def study(
 ) -> None:
     """Do the runs of STUDY that FOLDER does not hold yet.
 
-    Studies: fashion-mnist, longer, teacher, ablation, generality, one-shot, recipe-choice.
+    Studies: fashion-mnist, longer, ablation, generality, one-shot, recipe-choice.
 
     Each result is kept as it comes. Stop the command at any time and run it again: what is done is skipped, a training goes on
     with its next epoch bit for bit. Run it several times at once to use more cores: the processes share out the runs.

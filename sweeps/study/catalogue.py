@@ -16,11 +16,9 @@ POINTS = {"50x": 50, "100x": 100}
 """How much smaller than fp32 the file is to be."""
 
 TWICE = "twice as long"
-TAUGHT = "taught by dense"
 
 SHAPES = ((4, 4), (1, 4), (8, 8), (16, 1))
 LENET5 = Training(dense_epochs=8, admm_epochs=4, retrain_epochs=8, max_loss=0.01, precision="bf16")
-WELL_TAUGHT = replace(LENET5, teacher_epochs=LENET5.epochs)
 LONGER = replace(LENET5, admm_epochs=8, retrain_epochs=16)
 RESNET20 = Training(dense_epochs=6, admm_epochs=2, retrain_epochs=4, max_loss=0.01, precision="bf16")
 AUTOENCODER = Training(dense_epochs=6, admm_epochs=3, retrain_epochs=5, distill=0.0, precision="bf16")
@@ -147,14 +145,6 @@ def _longer(run: Run) -> Run:
     return replace(run, variant=TWICE, training=LONGER)
 
 
-def teacher() -> Iterator[Run]:
-    """A better teacher: the very network that differences are taken to, in place of the start network; five seeds."""
-    for seed in range(5):
-        for index in range(len(POINTS)):
-            for run in (_budget(seed, index, (4, 4)), _unstructured(seed, index)):
-                yield replace(run, variant=TAUGHT, training=WELL_TAUGHT)
-
-
 def ablation() -> Iterator[Run]:
     """What each part contributes: the full method with one part taken out, LeNet-5, 4×4 blocks, three seeds."""
     for seed in range(3):
@@ -217,7 +207,7 @@ def recipe_choice() -> Iterator[Run]:
         ("3 + 5 epochs", {"admm_epochs": 3, "retrain_epochs": 5}),
         ("batches of 64", {"batch_size": 64}),
         ("fp32", {"precision": "fp32"}),
-        (TAUGHT, {"teacher_epochs": LENET5.epochs}),
+        ("taught by dense", {"teacher_epochs": LENET5.epochs}),
     ):
         yield replace(full, variant=variant, training=replace(full.training, **changes))
 
@@ -294,7 +284,6 @@ STUDIES: Mapping[str, Callable[[], list[Run]]] = MappingProxyType(
     {
         "fashion-mnist": _distinct(fashion_mnist),
         "longer": _distinct(longer),
-        "teacher": _distinct(teacher),
         "ablation": _distinct(ablation),
         "generality": _distinct(generality),
         "one-shot": _distinct(one_shot),
@@ -307,7 +296,6 @@ STUDY_NOTES = MappingProxyType(
     {
         "fashion-mnist": "accuracy against bytes, LeNet-5 and ResNet-20, all methods",
         "longer": "LeNet-5 compressed for twice as many epochs, beside a dense network of as many",
-        "teacher": "LeNet-5 distilled from the dense network that it is compared with, in place of the start network",
         "ablation": "what ADMM, budget, permutation, distillation and retraining contribute",
         "generality": "an autoencoder and CREPE-tiny, dense and compressed 20 and 50 times",
         "one-shot": "EfficientNet-Lite0, MobileNetV2 and MiniLM-L6 without training: agreement with fp32 against bytes",

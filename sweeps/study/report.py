@@ -133,9 +133,9 @@ def _page(
         if task == "lenet5":
             yield from _goals(rows)
             yield from _peers(rows)
-            dense = [run for run in runs if run.method == COMPARED]
-            yield from _twice_as_long(planned["longer"], dense, results)
-            yield from _better_teacher(planned["teacher"], dense, results)
+            yield from _twice_as_long(
+                planned["longer"], [run for run in runs if run.method == COMPARED], results
+            )
     yield "## 1.3 Two more tasks"
     yield ""
     yield from _generality_text()
@@ -364,22 +364,6 @@ def _twice_as_long(longer: Sequence[Run], dense: Sequence[Run], results: Sequenc
         "|---|---|---|---|---|---|---|---|",
     ]
     yield from _listed(header, rows, line)
-    yield from _goals(rows)
-
-
-def _better_teacher(taught: Sequence[Run], dense: Sequence[Run], results: Sequence[Result]) -> Iterator[str]:
-    """The goals once more where the network that is compared with teaches."""
-    yield "### A better teacher"
-    yield ""
-    yield (
-        f"The same start networks, epochs and bytes, distilled from the dense network of {LENET5.epochs} epochs of the same "
-        f"seed, to which differences are taken, in place of the start network of {LENET5.dense_epochs}. No other network is "
-        "trained, but a compressed one has then learned from all epochs of the dense one and from its own: where the dense "
-        "network is there anyway, this is what compressing it costs."
-    )
-    yield ""
-    rows = rows_of([*dense, *taught], results)
-    yield from _table(rows)
     yield from _goals(rows)
 
 

@@ -504,20 +504,6 @@ def test_the_teacher_is_trained_for_its_own_epochs(tmp_path: Path, monkeypatch: 
     assert len(list((tmp_path / "dense").iterdir())) == 2
 
 
-def test_a_taught_network_is_held_against_its_teacher(tmp_path: Path) -> None:
-    folder = StudyFolder(tmp_path / "study")
-    for run in STUDIES["teacher"]():
-        folder.write(stored(run, 0.917 if run.method == "budget" else 0.915, size=17_000))
-    for run in STUDIES["fashion-mnist"]():
-        if (run.task, run.method) == ("lenet5", "dense"):
-            folder.write(stored(run, 0.919, size=1_724_320))
-    page = tmp_path / "results.md"
-    write_results_page(folder.path, page)
-    section = page.read_text().split("### A better teacher")[1].split("## 1.2")[0]
-    assert "| joint, budget | 4×4 | 100x | 91.70 ± 0.00 | -0.20 ± 0.00 | 17,000 |" in section
-    assert "| 50x | 0.3 | joint, budget 4×4 | -0.20 ± 0.00 | 5 | yes |" in section
-
-
 def test_ablation_compares_with_the_full_method(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path)
     for run in STUDIES["ablation"]():
