@@ -453,8 +453,7 @@ def _rounding_problems(rounding_error: float | None, one_shot: bool) -> list[Pro
         return []
     problems = []
     if not one_shot:
-        hint = "add --one-shot, or let --preset choose coarser integers"
-        problems.append(Problem("--rounding-error", "is of one shot", hint))
+        problems.append(Problem("--rounding-error", "is of one shot", "add --one-shot"))
     if not 0 <= rounding_error <= 1:
         problems.append(Problem("--rounding-error", f"{rounding_error}, must be from 0 to 1", "try 0.01"))
     return problems

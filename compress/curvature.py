@@ -46,7 +46,6 @@ __all__ = [
     "input_patches",
     "is_observable",
     "listening",
-    "squared_gradients",
 ]
 
 CurvatureKind = Literal["fisher", "hessian"]
@@ -313,12 +312,12 @@ def diagonal_fisher(
         singles = [loss_fn(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(outputs))]
         return torch.stack(singles).sum()
 
-    sums, samples = squared_gradients(model, _modules(layers), data, loss_of, of_samples=True)
+    sums, samples = _squared_gradients(model, _modules(layers), data, loss_of, of_samples=True)
     shaped = {layer.name: sums[layer.name].float().reshape(layer.weight_shape) for layer in layers}
     return _means(shaped, samples)
 
 
-def squared_gradients(
+def _squared_gradients(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
     data: Iterable[tuple[Tensor, Tensor]],
@@ -327,8 +326,7 @@ def squared_gradients(
 ) -> tuple[dict[str, Tensor], int]:
     """Sums of squared gradients of a loss that is a sum over samples: ``float64[groups, m, k]`` per module; and the samples.
 
-    What is squared is the gradient of each sample, or that of each batch. Columns are in the order of the weight itself; a
-    module that never ran keeps zeros.
+    What is squared is the gradient of each sample, or that of each batch.
     """
     sums = {
         name: torch.zeros(
@@ -359,9 +357,9 @@ def squared_gradients(
             seen.clear()
             loss = loss_of(model(inputs), targets)
             if not (loss.requires_grad and seen):
-                message = "have no derivative with respect to any of its weights"
+                message = "has no derivative with respect to any weight"
                 hint = "the forward pass switches gradients off, or gives whole numbers"
-                raise InputError("curvature", Problem("outputs of the network", message, hint))
+                raise InputError("curvature", Problem("loss", message, hint))
             gradients = torch.autograd.grad(loss, [edge for *_, edge in seen], allow_unused=True)
             uses: dict[str, list[tuple[Tensor, Tensor]]] = {}
             for (name, x, _), gradient in zip(seen, gradients, strict=True):
@@ -502,7 +500,7 @@ def curvatures(
 
     modules = {name: model.get_submodule(name) for name in layers}
     batches = ((batch, batch) for batch in inputs.split(batch_size))
-    sums, samples = squared_gradients(model, modules, batches, loss_of, of_samples=False)
+    sums, samples = _squared_gradients(model, modules, batches, loss_of, of_samples=False)
     found = {}
     for name, layer in layers.items():
         columns = column_permutation(tuple(modules[name].get_parameter("weight").shape), layer.column_order)

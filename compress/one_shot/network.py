@@ -147,9 +147,9 @@ def one_shot(
 
     Notes
     -----
-    Deterministic: nothing is random. One layer's Hessian is held at a time, in float64; a pass of the calibration inputs goes
-    through the network up to each layer. With ``target="network"`` the original one runs once for several layers: up to 256 MiB
-    of what reaches them are held.
+    Deterministic: what is drawn (`compress.one_shot.steps`) has a fixed seed. One layer's Hessian is held at a time, in
+    float64; a pass of the calibration inputs goes through the network up to each layer. With ``target="network"`` the original
+    one runs once for several layers: up to 256 MiB of what reaches them are held.
 
     Examples
     --------
@@ -220,8 +220,11 @@ def _split(batches: Sequence[Tensor], share: float) -> tuple[list[Tensor], list[
 def _identity(
     model: nn.Module, plan: Plan, recipe: OneShotRecipe, batches: Sequence[Tensor]
 ) -> dict[str, Any]:
+    settings = recipe.model_dump(mode="json")
+    if not recipe.rounding_error:
+        del settings["rounding_error"]  # runs that were stopped before there was such a setting go on
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": settings,
         "plan": {
             layer.name: {"counts": list(layer.counts), **layer.settings.model_dump(mode="json")}
             for layer in plan.layers

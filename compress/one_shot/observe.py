@@ -102,6 +102,11 @@ def _held_inputs(step: Step, name: str, model: nn.Module) -> Iterator[Callable[[
         yield run
 
 
+_LEAST_VARIANCE = 1e-6
+"""Share of its mean square below which an input counts as constant: sums of products in float32 tell no less, and what their
+rounding leaves may be negative."""
+
+
 @dataclass(eq=False)
 class _OriginalInputs:
     """What reaches the layers of the original network, which does not change: one pass serves several layers."""
@@ -182,8 +187,14 @@ class Observed:
         def outer(a: Tensor, b: Tensor) -> Tensor:
             return a[:, :, None] * b[:, None, :]
 
-        cross = None if self.cross is None else self.cross - outer(self.mean, self.wanted_mean)
-        return replace(self, products=self.products - outer(self.mean, self.mean), cross=cross)
+        products = self.products - outer(self.mean, self.mean)
+        squares, variances = (values.diagonal(dim1=1, dim2=2) for values in (self.products, products))
+        varies = (variances > _LEAST_VARIANCE * squares).to(products)
+        products *= outer(varies, varies)
+        cross = None
+        if self.cross is not None:
+            cross = (self.cross - outer(self.mean, self.wanted_mean)) * varies[:, :, None]
+        return replace(self, products=products, cross=cross)
 
 
 def _observe(

@@ -175,11 +175,12 @@ def _multiples(weight_bits: int, stride: int) -> tuple[int, int]:
     return -(-low // stride), high // stride
 
 
-def _coarser(form: Form, step: float, least_step: float) -> tuple[float, int]:
+def _coarser(form: Form, step: float, least_step: float, weight_bits: int) -> tuple[float, int]:
     """A step not below the given one, and how many of it the step of dense weights is: at least ``least_step`` altogether.
 
     A magnitude stands for all weights of its block, so its error counts so many times: its step is finer by up to the square
-    root of their number, and dense weights, which add into the same accumulator, take every second, fourth, … multiple of it.
+    root of their number, and dense weights, which add into the same accumulator, take every second, fourth, … multiple of it:
+    as long as the bits reach the largest of them.
     """
     if least_step <= step:
         return step, 1
@@ -187,6 +188,9 @@ def _coarser(form: Form, step: float, least_step: float) -> tuple[float, int]:
     if bool((form.types == UNIFIED).any()):
         finer = min(math.sqrt(math.prod(form.block)), least_step / step)
         stride = 1 << int(math.log2(finer))
+        largest = float(form.dense.abs().max()) / least_step
+        while stride > 1 and round(largest) > _multiples(weight_bits, stride)[1]:
+            stride //= 2
     return float(np.float32(least_step / stride)), stride
 
 
@@ -210,7 +214,7 @@ def quantized(
     else:
         # By what the outputs lose: a few outliers that meet large inputs may matter more than the precision of all others.
         step = _best_step(form, quadratic, candidate_steps(*layer_of, *bits), bits)
-    step, stride = _coarser(form, step, least_step)
+    step, stride = _coarser(form, step, least_step, bits[0])
     form = _rounded(form, step, *bits, stride)
     for _ in range(sign_turns if quadratic is not None else 0):
         assert quadratic is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,10 @@ def inputs(count: int = 24, seed: int = 1) -> Tensor:
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def dense_plan(model: nn.Module) -> Plan:
-    return plan_layers(model, CompressionConfig(block=(2, 2), exempt_first_last=False))
+def dense_plan(model: nn.Module, pruned: float = 0.0) -> Plan:
+    return plan_layers(
+        model, CompressionConfig(block=(2, 2), pruned=pruned, unified=0.0, exempt_first_last=False)
+    )
 
 
 def true_squares(model: nn.Module, x: Tensor) -> dict[str, float]:
@@ -102,6 +105,81 @@ def test_twice_the_root_of_the_error_is_twice_the_step() -> None:
 def test_nothing_asked_for_looks_at_nothing() -> None:
     model = network()
     assert least_steps(model, dense_plan(model), [torch.full((2, 1, 8, 8), torch.nan)], 0.0) == {}
+
+
+@pytest.mark.parametrize("pruned", [0.5, 0.8])
+def test_what_is_pruned_costs_nothing(pruned: float) -> None:
+    model, x = network(), inputs()
+    every, some = (least_steps(model, dense_plan(model, share), [x], 0.01) for share in (0.0, pruned))
+    for name, step in every.items():
+        assert some[name] == pytest.approx(step / (1 - pruned) ** 0.5, rel=0.05)  # counts are whole blocks
+
+
+class _Layouts(nn.Module):
+    """The same function of ``[n, t, 8]`` whatever comes first inside."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layout, self.a, self.b, self.c = layout, nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        x = {"plain": x, "folded": x.flatten(0, 1), "transposed": x.transpose(0, 1)}[self.layout]
+        h = self.b(self.a(x).relu()).relu()
+        h = {"plain": h, "folded": h.reshape(n, t, -1), "transposed": h.transpose(0, 1)}[self.layout]
+        return self.c(h.mean(dim=1))
+
+
+def test_the_layout_inside_a_network_does_not_matter() -> None:
+    x = torch.randn(32, 9, 8, generator=torch.Generator().manual_seed(2))
+    with torch.random.fork_rng(devices=[]):
+        models = [_Layouts(layout) for layout in ("plain", "folded", "transposed")]
+    plain, *others = ([*least_steps(m, dense_plan(m), [x], 0.01).values()] for m in models)
+    for found in others:
+        assert found == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_layer_used_twice_counts_both_uses() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            many = self.layer(x[:, None].expand(-1, 3, -1).flatten(0, 1)).reshape(len(x), 3, 8).sum(dim=1)
+            return self.head(self.layer(x).relu() + many)
+
+    model, x = Twice(), torch.randn(20, 8)
+    found = least_steps(model, dense_plan(model), [x], 0.01)
+    squares = true_squares(model, x)
+    ratio = squares["layer"] * found["layer"] ** 2 / (squares["head"] * found["head"] ** 2)
+    assert ratio == pytest.approx(1, rel=1e-4)
+
+
+def test_a_network_may_change_in_place_what_a_layer_has_read() -> None:
+    class Residual(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.in_place, self.a, self.b, self.c = (
+                in_place,
+                nn.Linear(8, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            y = self.b(h)
+            h = h.add_(y) if self.in_place else h + y
+            return self.c(h.sigmoid())
+
+    with torch.random.fork_rng(devices=[]):
+        models = [Residual(in_place) for in_place in (False, True)]
+    x = torch.randn(20, 8)
+    apart, in_place = (least_steps(model, dense_plan(model), [x], 0.01) for model in models)
+    assert in_place == pytest.approx(apart)
 
 
 def test_a_layer_that_never_runs_keeps_its_bits() -> None:
@@ -174,7 +252,8 @@ def one_layer(types: list[list[int]], block: tuple[int, int] = (2, 2)) -> tuple[
         ([[DENSE, UNIFIED]], (4, 4), 10.0, 4),  # the root of 16 weights
         ([[DENSE, UNIFIED]], (2, 4), 10.0, 2),  # the root of 8, down to a power of two
         ([[DENSE, UNIFIED]], (4, 4), 3.9, 2),  # no finer than the bits ask for
-        ([[DENSE, UNIFIED]], (4, 4), 4.0, 4),
+        ([[DENSE, UNIFIED]], (4, 4), 4.0, 2),  # 127 is no multiple of 4
+        ([[DENSE, UNIFIED]], (4, 4), 4.2, 4),
         ([[UNIFIED, UNIFIED]], (4, 4), 10.0, 4),
     ],
 )
@@ -191,6 +270,19 @@ def test_magnitudes_are_finer_by_the_root_of_their_weights(types, block, factor:
         dense = form.dense[0].numpy()
         found = coarse.weights.dense[0] * coarse.weights.step_size
         assert np.abs(found - dense).max() <= least / 2 * 1.001
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_bits_still_reach_the_largest_weight(bits: int) -> None:
+    plan, form = one_layer([[DENSE, UNIFIED], [DENSE, DENSE]], (4, 4))
+    settings = plan.layers[0].settings.model_copy(update={"weight_bits": bits})
+    layer = replace(plan.layers[0], settings=settings)
+    least = 2 * quantized(layer, form, None).weights.step_size
+    coarse = quantized(layer, form, None, least_step=least).weights
+    found = coarse.dense[0] * coarse.step_size
+    inside = np.abs(form.dense[0].numpy()) < (2 ** (bits - 1) - 1) * least
+    assert np.abs(found - form.dense[0].numpy())[inside].max() <= least / 2 * 1.001
+    assert coarse.dense.max() > 0
 
 
 def test_a_step_that_is_fine_already_stays() -> None:
@@ -228,6 +320,29 @@ def test_more_error_is_a_smaller_file(tmp_path: Path, method, unified: float) ->
     assert sizes == sorted(sizes, reverse=True)
     assert unified or costs == sorted(costs)  # what blocks cost hides what rounding does
     assert sizes[2] < 0.95 * sizes[0]
+
+
+@pytest.mark.parametrize("share", [0.003, 0.1, 1.0])
+def test_a_branch_that_rounds_to_nothing_leaves_constant_inputs(share: float) -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.i, self.b1, self.b2, self.o = (nn.Linear(*s) for s in ((8, 16), (16, 16), (16, 16), (16, 4)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.i(x).relu()
+            return self.o(h + 0.1 * self.b2(self.b1(h).relu()))
+
+    with torch.random.fork_rng(devices=[]):
+        original = Branch()
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(4))
+    model = copy.deepcopy(original)
+    config = CompressionConfig(pruned=0.0, unified=0.0, exempt_first_last=False)
+    one_shot(model, x, config, OneShotRecipe(rounding_error=share))
+    with torch.no_grad():
+        wanted = original(x)
+        assert float((model(x) - wanted).square().sum() / wanted.square().sum()) < 1.5 * share
 
 
 def test_the_fit_makes_up_for_coarse_steps() -> None:
