@@ -25,6 +25,9 @@ _PART = 1 << 16
 _WORTH_LEAVING = 0.25
 """Settled blocks are left out once no more than this share stays: before, what stays would be a second set of large arrays."""
 
+_OPEN = 255
+"""In place of a type: not settled yet."""
+
 _SAMPLE_BLOCKS = 1 << 13
 """Blocks of the sample that gives large layers a first guess of the multiplier."""
 
@@ -228,12 +231,19 @@ class _Face(NamedTuple):
 def _face(prune: NDArray[np.int64], unify: NDArray[np.int64], d: int, total: int) -> _Face:
     key = prune - d
     np.minimum(key, unify, out=key)
-    key.partition(total - 1)  # in place: taking the keys once more costs less memory than a copy of them
+    key.partition(total - 1)
     threshold = int(key[total - 1])
-    np.subtract(prune, d, out=key)
-    prefers = (key > unify).view(np.int8) - (key < unify).view(np.int8)
-    np.minimum(key, unify, out=key)
-    return _Face(threshold, key < threshold, key == threshold, prefers)
+    del key  # taken once more, a part at a time: held, it would be a third large array beside what follows
+    chosen, tied = np.empty(prune.size, bool), np.empty(prune.size, bool)
+    prefers = np.empty(prune.size, np.int8)
+    for start in range(0, prune.size, _PART):
+        part = slice(start, start + _PART)
+        lowered, other = prune[part] - d, unify[part]
+        np.subtract(lowered > other, lowered < other, out=prefers[part], dtype=np.int8)
+        np.minimum(lowered, other, out=lowered)
+        np.less(lowered, threshold, out=chosen[part])
+        np.equal(lowered, threshold, out=tied[part])
+    return _Face(threshold, chosen, tied, prefers)
 
 
 def _assign_exactly(
@@ -264,24 +274,44 @@ def _assign_exactly(
         if fewest <= pruned <= most:
             types[index] = _settle(face, pruned, unified)
             return types, d
+        threshold = face.threshold
+        del face
         if most < pruned:
-            low, most_threshold, least_sum = d, face.threshold, d + face.threshold
+            low, most_threshold, least_sum = d, threshold, d + threshold
         else:
-            high, least_threshold, most_sum = d, face.threshold, d + face.threshold
-        gain = prune - unify
-        settled_pruned = (gain <= low) & (prune < least_sum)
-        settled_unified = (gain >= high) & (unify < least_threshold)
-        settled_dense = (prune > most_sum) & (unify > most_threshold)
-        del face, gain
-        keep = ~(settled_pruned | settled_unified | settled_dense)
+            high, least_threshold, most_sum = d, threshold, d + threshold
+        settled = _settled(
+            prune, unify, (low, high), (least_sum, most_sum), (least_threshold, most_threshold)
+        )
+        keep = settled == _OPEN
         if np.count_nonzero(keep) > _WORTH_LEAVING * keep.size:
             continue
-        for settled, code in ((settled_pruned, PRUNED), (settled_unified, UNIFIED), (settled_dense, DENSE)):
-            types[settled if isinstance(index, slice) else index[settled]] = code
-        pruned -= int(np.count_nonzero(settled_pruned))
-        unified -= int(np.count_nonzero(settled_unified))
+        here = ~keep if isinstance(index, slice) else index[~keep]
+        types[here] = settled[~keep]
+        pruned -= int(np.count_nonzero(settled == PRUNED))
+        unified -= int(np.count_nonzero(settled == UNIFIED))
         index = np.flatnonzero(keep) if isinstance(index, slice) else index[keep]
         prune, unify = prune[keep], unify[keep]
+
+
+def _settled(
+    prune: NDArray[np.int64],
+    unify: NDArray[np.int64],
+    multipliers: tuple[int, int],
+    sums: tuple[int, int],
+    thresholds: tuple[int, int],
+) -> NDArray[np.uint8]:
+    """The types that no multiplier between the two can change, `_OPEN` for the others; a part at a time."""
+    (low, high), (least_sum, most_sum), (least_threshold, most_threshold) = multipliers, sums, thresholds
+    settled = np.full(prune.size, _OPEN, np.uint8)
+    for start in range(0, prune.size, _PART):
+        part = slice(start, start + _PART)
+        p, u, codes = prune[part], unify[part], settled[part]
+        gain = p - u
+        codes[(gain <= low) & (p < least_sum)] = PRUNED
+        codes[(gain >= high) & (u < least_threshold)] = UNIFIED
+        codes[(p > most_sum) & (u > most_threshold)] = DENSE
+    return settled
 
 
 def _sampled_multipliers(
