@@ -387,6 +387,14 @@ def test_a_stopped_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: py
         assert torch.equal(values, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_runs_that_stopped_before_there_was_a_rounding_error_go_on(share: float) -> None:
+    model = network()
+    recipe = OneShotRecipe(rounding_error=share)
+    identity = module._identity(model, plan_layers(model, ALL), recipe, [samples(4)])
+    assert identity["recipe"].get("rounding_error") == (share or None)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     compressed(checkpoint=tmp_path)
     with pytest.raises(InputError) as caught:
