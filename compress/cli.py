@@ -215,9 +215,10 @@ def train(
 )
 @click.option(
     "--rounding-error",
-    type=float,
+    default=0.0,
+    show_default=True,
     help="With --one-shot: coarser integers for a smaller file, each layer by what the network's outputs lose; the share of "
-    "their energy that rounding may cost by a first-order estimate, as 0.01.  [default: 0]",
+    "their energy that rounding may cost by a first-order estimate, as 0.01.",
 )
 @click.option("--activation-bits", default=8, show_default=True, help="Of the integer model.")
 @click.option(
@@ -251,7 +252,7 @@ def compress(
     max_loss: float | None,
     device: str,
     one_shot: bool,
-    rounding_error: float | None,
+    rounding_error: float,
     activation_bits: int,
     inputs: Path | None,
     input_shape: str | None,
@@ -316,7 +317,7 @@ def compress(
                 inputs=inputs,
                 input_shape=parse_shape(input_shape),
                 one_shot=one_shot,
-                rounding_error=rounding_error or 0.0,
+                rounding_error=rounding_error,
                 allocation=allocation,
                 budget=wanted,
                 blocks=shapes if wanted is not None else (),
@@ -351,7 +352,7 @@ def compress(
                 calibration_images=calibration_images,
                 max_loss=(DEFAULT_MAX_LOSS if max_loss is None else max_loss) if preset else 0.0,
                 preset=preset or "small",
-                one_shot=OneShotRecipe(rounding_error=rounding_error or 0.0) if one_shot else None,
+                one_shot=OneShotRecipe(rounding_error=rounding_error) if one_shot else None,
                 progress=progress,
                 resume_from=checkpoint,
                 device=where,
@@ -446,13 +447,11 @@ def _choice_problems(budget: str | None, blocks: int, settings: dict[str, Any]) 
     return problems
 
 
-def _rounding_problems(rounding_error: float | None, one_shot: bool) -> list[Problem]:
+def _rounding_problems(rounding_error: float, one_shot: bool) -> list[Problem]:
     from hwsim.errors import Problem
 
-    if rounding_error is None:
-        return []
     problems = []
-    if not one_shot:
+    if rounding_error and not one_shot:
         problems.append(Problem("--rounding-error", "is of one shot", "add --one-shot"))
     if not 0 <= rounding_error <= 1:
         problems.append(Problem("--rounding-error", f"{rounding_error}, must be from 0 to 1", "try 0.01"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from compress.curvature import curvature, diagonal_fisher, diagonal_hessian
@@ -144,3 +144,19 @@ def test_a_layer_that_never_runs_has_no_curvature():
     found = diagonal_hessian(model, planned(model), [torch.ones(2, 4)])
     assert not found["spare"].any()
     assert (found["used"] == 1).all()
+
+
+def test_a_forward_pass_without_gradients_is_refused() -> None:
+    class Switched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model = Switched()
+    layers = plan_layers(model, CompressionConfig(exempt_first_last=False)).layers
+    with pytest.raises(InputError, match="no derivative"):
+        diagonal_fisher(model, layers, [(torch.randn(2, 4), torch.tensor([0, 1]))])
