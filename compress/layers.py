@@ -60,8 +60,10 @@ class CompressedLayer:
             wide = magnitudes.astype(np.float32).repeat(g_k, axis=1)[:, : values.shape[1]]
             shared = wide.repeat(g_o, axis=0)[: len(values)]
             # The sign bit of a float is its highest; adding to 0 or to a dense 0 makes a −0 a +0.
+            signs = weights.signs[group, rows].astype(np.uint32)
+            signs <<= np.uint32(31)
             bits = shared.view(np.uint32)
-            bits ^= weights.signs[group, rows].astype(np.uint32) << np.uint32(31)
+            bits ^= signs
             values += shared
         values *= np.float32(weights.step_size)
 

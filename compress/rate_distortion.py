@@ -19,12 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress.blocks import expand_blocks
 from compress.curvature import Curvature, curvatures
 from compress.layers import CompressedLayer
 from compress.quantize import dequantize, magnitude_range, weight_range
 from hwsim.errors import InputError, Problem
-from hwsim.layer import DENSE, UNIFIED, QuantizedWeights
+from hwsim.layer import DENSE, UNIFIED, QuantizedWeights, expand_blocks
 
 __all__ = [
     "coarsen",
@@ -83,7 +82,15 @@ class _Values:
 
     def sample(self) -> _Values:
         stride = -(-len(self.exact) // SEARCH_VALUES)
-        return _Values(self.exact[::stride], self.curvature[::stride], self.sign_bits[::stride])
+        return self._at(slice(None, None, stride))
+
+    def parts(self) -> Iterator[_Values]:
+        """All values, some at a time."""
+        starts = range(0, max(1, len(self.exact)), _PART)
+        return (self._at(slice(start, start + _PART)) for start in starts)
+
+    def _at(self, where: slice) -> _Values:
+        return _Values(self.exact[where], self.curvature[where], self.sign_bits[where])
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,8 +232,7 @@ def coarsen(
     weight_bits = weight_bits or weights.weight_bits
     magnitude_bits = magnitude_bits or weights.magnitude_bits
     _, m, k = weights.dense.shape
-    types = torch.from_numpy(layer.types)
-    is_dense = expand_blocks(types == DENSE, block, m, k).numpy()
+    is_dense = expand_blocks(layer.types == DENSE, block, m, k)
     is_unified = layer.types == UNIFIED
     step = float(np.float32(weights.step_size))
     dense = _Values(
@@ -246,8 +252,10 @@ def coarsen(
     ):
         if chosen is not None:
             grid, bits = chosen
-            rounding = _round(values, grid.points, grid.zero, multiplier, bits)
-            target[mask] = grid.integers[rounding.indices]
+            rounded = [
+                _round(part, grid.points, grid.zero, multiplier, bits).indices for part in values.parts()
+            ]
+            target[mask] = grid.integers[np.concatenate(rounded)]
             new_step = grid.step
     return _with_integers(layer, integers, magnitudes, new_step, weight_bits, magnitude_bits)
 
@@ -262,7 +270,7 @@ def _with_integers(
 ) -> CompressedLayer:
     """The layer with other integers; a block whose magnitude is 0 has positive signs."""
     _, m, k = dense.shape
-    signs = layer.weights.signs * expand_blocks(torch.from_numpy(magnitudes > 0), layer.block, m, k).numpy()
+    signs = layer.weights.signs * expand_blocks(magnitudes > 0, layer.block, m, k)
     coarse = QuantizedWeights(dense, signs, magnitudes, weight_bits, magnitude_bits, float(np.float32(step)))
     return replace(layer, weights=coarse)
 

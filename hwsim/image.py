@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hwsim.errors import FitError, InputError, Problem
-from hwsim.layer import DENSE, STREAMS, UNIFIED, Layer, Requantizer
+from hwsim.layer import DENSE, STREAMS, UNIFIED, Layer, Requantizer, expand_blocks
 from hwsim.lowering import effective_counts, effective_types, execution_order
 from hwsim.machine import Machine
 
@@ -211,9 +211,7 @@ def _check_ranges(layer: Layer, types: NDArray[np.uint8], values: NDArray, machi
                 f"{int(weights.magnitudes.max())} needs more than the machine's {precision.magnitude_bits} magnitude_bits",
             )
         )
-    g_o, g_k = machine.array.block
-    runs_dense = np.repeat(np.repeat(types == DENSE, g_o, 1), g_k, 2)[:, : values.shape[1], : values.shape[2]]
-    dense_values = values[runs_dense]
+    dense_values = values[expand_blocks(types == DENSE, machine.array.block, *values.shape[1:])]
     low, high = -(2 ** (precision.weight_bits - 1)), 2 ** (precision.weight_bits - 1) - 1
     if dense_values.size and (dense_values.min() < low or dense_values.max() > high):
         worst = dense_values[np.argmax(np.abs(dense_values))]

@@ -29,6 +29,7 @@ __all__ = [
     "Requantizer",
     "accumulator_bits_needed",
     "check_types",
+    "expand_blocks",
     "random_layers",
     "random_types",
     "type_counts",
@@ -298,14 +299,9 @@ class Layer:
             raise InputError(
                 f"layer {self.name}", Problem("weights", "only block types are at hand, no weights")
             )
-        g_o, g_k = self.block
         m, k = self.shape.m, self.shape.k
-
-        def per_weight(values: NDArray) -> NDArray:
-            return np.repeat(np.repeat(values, g_o, axis=1), g_k, axis=2)[:, :m, :k]
-
-        types = per_weight(self.types)
-        magnitudes = per_weight(self.weights.magnitudes).astype(np.int32)
+        types = expand_blocks(self.types, self.block, m, k)
+        magnitudes = expand_blocks(self.weights.magnitudes, self.block, m, k).astype(np.int32)
         unified = np.where(self.weights.signs == 1, -magnitudes, magnitudes)
         matrix = np.where(types == DENSE, self.weights.dense.astype(np.int32), 0)
         return np.where(types == UNIFIED, unified, matrix).astype(np.int32)
@@ -328,6 +324,18 @@ def accumulator_bits_needed(weight: NDArray[np.integer], activation_bits: int) -
     """
     sums = np.abs(weight.reshape(len(weight), -1).astype(np.int64)).sum(axis=1)
     return (int(sums.max()) << (activation_bits - 1)).bit_length() + 1
+
+
+def expand_blocks(values: NDArray, block: tuple[int, int], m: int, k: int) -> NDArray:
+    """Every block's value at each of its real weights: ``[groups, Mb, Kb]`` to ``[groups, m, k]``.
+
+    Examples
+    --------
+    >>> expand_blocks(np.array([[[1, 2]]]), (2, 3), 2, 5).tolist()
+    [[[1, 1, 1, 2, 2], [1, 1, 1, 2, 2]]]
+    """
+    # Columns first, while there is one row per block: rows are then copied whole.
+    return values.repeat(block[1], axis=2)[:, :, :k].repeat(block[0], axis=1)[:, :m]
 
 
 def check_types(types: NDArray, source: str) -> None:

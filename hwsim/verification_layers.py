@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from hwsim.causal import NO_STALLS, Stalls
 from hwsim.errors import InputError, Problem
-from hwsim.layer import DENSE, UNIFIED, Layer, LayerShape, QuantizedWeights, Requantizer, random_types
+from hwsim.layer import (
+    DENSE,
+    UNIFIED,
+    Layer,
+    LayerShape,
+    QuantizedWeights,
+    Requantizer,
+    expand_blocks,
+    random_types,
+)
 from hwsim.machine import Machine, load_machine
 from hwsim.rtl_simulator import rtl_parameters
 
@@ -293,7 +302,7 @@ def _random_weights(
     top = 2**precision.magnitude_bits - 1
     if not machine.features.unified_path:
         top = min(top, high)
-    per_weight = np.repeat(np.repeat(types, block[0], 1), block[1], 2)[:, : shape.m, : shape.k]
+    per_weight = expand_blocks(types, block, shape.m, shape.k)
     dense = np.where(rng.random(full) < 0.1, low, rng.integers(low, high + 1, full))
     magnitudes = np.where(rng.random(types.shape) < 0.2, top, rng.integers(0, top + 1, types.shape))
     return QuantizedWeights(

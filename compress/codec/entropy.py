@@ -8,7 +8,7 @@ and a whole class is one call of the coder. (Contexts of decoded neighbours woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "Grid",
     "Tables",
     "choose_levels",
+    "class_counts",
     "entropy_bits",
 ]
 
@@ -50,6 +51,12 @@ _STEP_WEIGHTS = np.array([max(1, 4096 >> (i // 2)) for i in range(2 * MAX_WEIGHT
 
 MAX_SHARED_SYMBOLS = 1 << 10
 """Largest alphabet whose models are kept for the next group."""
+
+_STRIP_CELLS = 1 << 16
+"""Cells of a grid whose symbols are counted together."""
+
+Levels = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Of the rows and of the columns of a grid."""
 
 _stream = constriction.stream
 
@@ -246,24 +253,22 @@ def _by_class(classes: NDArray[np.uint8], count: int) -> list[tuple[int, NDArray
 
 def choose_levels(
     symbols: NDArray[np.integer],
-    sizes: NDArray[np.float64],
+    size_of: NDArray[np.float64],
     mask: NDArray[np.bool_],
-    alphabet: int,
-    scale: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    scale: Callable[[NDArray[np.float64], float], NDArray[np.float64]],
     steps: tuple[float, ...],
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+) -> Levels:
     """Row and column levels that make the symbols cheapest, or none (all 0) where none pay.
 
     Parameters
     ----------
     symbols : integer array ``[n]``
         One for each cell that the mask shows.
-    sizes : float64 array ``[n]``
-        What a level stands for the mean of.
+    size_of : float64 array ``[alphabet]``
+        Of each symbol: what a level stands for the mean of.
     mask : bool array ``[rows, columns]``
-    alphabet : int
     scale : callable
-        Maps a mean to the scale on which levels are even steps.
+        Maps means to the scale on which levels are even steps; its second argument is the mean of all.
     steps : tuple of float
         Distances of neighbouring levels to try; with more than one, also levels of only the rows or only the columns. Empty: no
         levels.
@@ -276,11 +281,11 @@ def choose_levels(
     none = (np.zeros(rows, np.uint8), np.zeros(columns, np.uint8))
     if symbols.size < 64 or not steps:
         return none
-    row_of, column_of = np.divmod(np.flatnonzero(mask), columns)
-    means = [scale(_means(index, sizes, count)) for index, count in ((row_of, rows), (column_of, columns))]
+    means = _scaled_means(symbols, size_of, mask, scale)
 
-    def cost(levels: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> float:
-        return _cost(symbols, levels, row_of, column_of, alphabet)
+    def cost(levels: Levels) -> float:
+        sides = sum(entropy_bits(np.bincount(part)[None]) for part in levels if part.any())
+        return entropy_bits(class_counts(symbols, levels, mask, len(size_of))) + sides
 
     tried = [(_levels(means[0], step), _levels(means[1], step)) for step in steps]
     best = min(tried, key=cost)
@@ -288,26 +293,52 @@ def choose_levels(
     return min([best, *others], key=cost)
 
 
-def _means(index: NDArray[np.intp], sizes: NDArray[np.float64], count: int) -> NDArray[np.float64]:
-    """The mean of each row or column, drawn a little to the mean of all."""
-    totals, numbers = np.bincount(index, sizes, count), np.bincount(index, minlength=count)
-    return (totals + 2 * sizes.mean()) / (numbers + 2) if sizes.size else np.zeros(count)
+def class_counts(
+    symbols: NDArray[np.integer], levels: Levels, mask: NDArray[np.bool_], alphabet: int
+) -> NDArray[np.int64]:
+    """How often each symbol occurs in each class: ``int64[classes, alphabet]``."""
+    top = sum(int(part.max(initial=0)) for part in levels) + 1
+    if top == 1:
+        return np.bincount(symbols, minlength=alphabet)[None]
+    counts = np.zeros(top * alphabet, np.int64)
+    for rows, shown, part in _strips(symbols, mask, counts.size):
+        classes = (levels[0][rows, None] + levels[1])[shown]
+        counts += np.bincount(classes * np.int64(alphabet) + part, minlength=counts.size)
+    return counts.reshape(top, alphabet)
+
+
+def _strips(
+    symbols: NDArray[np.integer], mask: NDArray[np.bool_], least: int = 0
+) -> Iterator[tuple[slice, NDArray[np.bool_], NDArray[np.integer]]]:
+    """Some rows after others, with their part of the mask and their symbols: index arrays are of 64 bits."""
+    step = -(-max(_STRIP_CELLS, least) // max(1, mask.shape[1]))
+    at = 0
+    for first in range(0, len(mask), step):
+        shown = mask[first : first + step]
+        count = int(np.count_nonzero(shown))
+        yield slice(first, first + len(shown)), shown, symbols[at : at + count]
+        at += count
+
+
+def _scaled_means(
+    symbols: NDArray[np.integer],
+    size_of: NDArray[np.float64],
+    mask: NDArray[np.bool_],
+    scale: Callable[[NDArray[np.float64], float], NDArray[np.float64]],
+) -> list[NDArray[np.float64]]:
+    """The mean of each row and of each column, drawn a little to the mean of all, on a scale."""
+    totals, numbers = ([np.zeros(count) for count in mask.shape] for _ in range(2))
+    for rows, shown, part in _strips(symbols, mask):
+        sizes = size_of[part]
+        here = rows, slice(None)
+        for axis, index in enumerate(np.nonzero(shown)):
+            totals[axis][here[axis]] += np.bincount(index, sizes, shown.shape[axis])
+            numbers[axis][here[axis]] += np.bincount(index, minlength=shown.shape[axis])
+    mean = float(totals[0].sum()) / symbols.size
+    means = [(total + 2 * mean) / (number + 2) for total, number in zip(totals, numbers, strict=True)]
+    return [scale(values, mean) for values in means]
 
 
 def _levels(values: NDArray[np.float64], step: float) -> NDArray[np.uint8]:
     levels = np.rint((values - values.min()) / step)
     return np.minimum(levels, MAX_LEVELS - 1).astype(np.uint8)
-
-
-def _cost(
-    symbols: NDArray[np.integer],
-    levels: tuple[NDArray[np.uint8], NDArray[np.uint8]],
-    row_of: NDArray[np.intp],
-    column_of: NDArray[np.intp],
-    alphabet: int,
-) -> float:
-    classes = levels[0][row_of].astype(np.int64) + levels[1][column_of]
-    top = int(classes.max(initial=0)) + 1
-    counts = np.bincount(classes * alphabet + symbols, minlength=top * alphabet).reshape(top, alphabet)
-    sides = sum(entropy_bits(np.bincount(part)[None]) for part in levels if part.any())
-    return entropy_bits(counts) + sides

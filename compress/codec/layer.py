@@ -6,7 +6,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -199,8 +199,12 @@ def encode_layer(
     streams = _streams_of(layer, spec)
     everywhere = slice(0, len(streams.types))
     unified, dense = streams.types == UNIFIED, streams.types == DENSE
-    dense_mask = spec.expand(dense, everywhere)
-    masks = {"type": np.ones_like(unified), "magnitude": unified, "dense": dense_mask}
+    is_mixed = dense.any() and not dense.all()
+    # Where all blocks are alike, one value stands for the whole mask in memory.
+    dense_mask = (
+        spec.expand(dense, everywhere) if is_mixed else np.broadcast_to(dense.any(), streams.dense.shape)
+    )
+    masks = {"type": np.broadcast_to(True, unified.shape), "magnitude": unified, "dense": dense_mask}
     values = {
         "type": streams.types.ravel(),
         "magnitude": streams.magnitudes[unified],
@@ -209,7 +213,8 @@ def encode_layer(
     codings, symbols = {}, {}
     for kind in _KINDS:
         codings[kind], symbols[kind] = coding_of(values[kind], masks[kind], kind=kind, steps=steps)
-    zero_signs = bool(streams.signs[spec.expand(unified & (streams.magnitudes == 0), everywhere)].any())
+    vanished = unified & (streams.magnitudes == 0)
+    zero_signs = bool(vanished.any() and streams.signs[spec.expand(vanished, everywhere)].any())
     out, header_ans = Writer(), AnsWriter()
     for kind in _KINDS:
         write_coding(out, header_ans, codings[kind])
@@ -380,8 +385,8 @@ def decode_layer(
     streams = _Streams(
         np.zeros(shapes["type"], np.uint8),
         np.zeros(shapes["magnitude"], np.uint16),
-        np.zeros(shapes["dense"], np.int16),
-        np.zeros(shapes["dense"], np.uint8),
+        _zeros(shapes["dense"], np.int16, header.codings["dense"]),
+        _zeros(shapes["dense"], np.uint8, header.codings["magnitude"]),
     )
     for number, (where, (words, signs)) in enumerate(zip(spec.row_groups(), header.group_sizes, strict=True)):
         field = f"{spec.name}.groups.{number}"
@@ -403,6 +408,12 @@ def decode_layer(
         requantizer=header.requantizer,
     )
     return CompressedLayer(spec.name, spec.block, spec.column_order, streams.types.reshape(grid), weights)
+
+
+def _zeros(shape: tuple[int, int], dtype: type[np.integer], read: ReadCoding) -> NDArray[Any]:
+    """To be filled; one value for all, in memory and read-only, where the layer has no block that would be written there."""
+    is_used = len(read.coding.alphabet.values) > 0
+    return np.zeros(shape, dtype) if is_used else np.broadcast_to(dtype(0), shape)
 
 
 def _decode_group(

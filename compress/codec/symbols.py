@@ -16,11 +16,15 @@ from compress.codec.entropy import (
     Grid,
     Tables,
     choose_levels,
+    class_counts,
     entropy_bits,
 )
 from compress.codec.fields import Reader, Writer, unzigzag, zigzag
 
 __all__ = ["Coding", "ReadCoding", "Sizes", "coding_of", "read_coding", "read_sizes", "write_coding"]
+
+_PART = 1 << 16
+"""Values that are looked up together: index arrays are of 64 bits."""
 
 MAX_CLASS_SYMBOLS = 1 << 14
 """Largest alphabet where a layer has more than one class; entries of all tables together stay under a million."""
@@ -67,13 +71,22 @@ def _alphabet_of(values: NDArray[np.integer], *, even: bool) -> tuple[_Alphabet,
     if not values.size:
         return _Alphabet(np.zeros(0, np.int64)), np.zeros(0, np.int32)
     low, high = int(values.min()), int(values.max())
-    present = np.flatnonzero(np.bincount(values.astype(np.int32) - low, minlength=1)) + low
+    offsets = values.astype(np.int32)
+    offsets -= low
+    is_present = np.zeros(high - low + 1, np.bool_)
+    parts = [offsets[start : start + _PART] for start in range(0, offsets.size, _PART)]
+    for part in parts:
+        is_present[part] = True
+    present = np.flatnonzero(is_present)
     if not even:
         symbol_of = np.zeros(high - low + 1, np.int32)
-        symbol_of[present - low] = np.arange(len(present))
-        return _Alphabet(present), symbol_of[values.astype(np.int32) - low]
-    stride = max(1, int(np.gcd.reduce(present - low)))
-    return _Alphabet(np.arange(low, high + 1, stride)), (values.astype(np.int32) - low) // stride
+        symbol_of[present] = np.arange(len(present))
+        for part in parts:
+            part[...] = symbol_of[part]
+        return _Alphabet(present + low), offsets
+    stride = max(1, int(np.gcd.reduce(present)))
+    offsets //= stride
+    return _Alphabet(np.arange(low, high + 1, stride)), offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +117,12 @@ def coding_of(
     rows, columns = np.zeros(mask.shape[0], np.uint8), np.zeros(mask.shape[1], np.uint8)
     if count <= MAX_CLASS_SYMBOLS:
         if kind == "type":
-            sizes = (alphabet.values[symbols] > 0).astype(np.float64)
-            rows, columns = choose_levels(symbols, sizes, mask, count, _logit, steps)
+            is_kept = (alphabet.values > 0).astype(np.float64)
+            rows, columns = choose_levels(symbols, is_kept, mask, _logit, steps)
         else:
-            sizes = np.abs(alphabet.values)[symbols].astype(np.float64)
-            spread = float(sizes.mean()) / 8 + 1e-9
-            rows, columns = choose_levels(
-                symbols, sizes, mask, count, lambda means: np.log(means + spread), steps
-            )
-    grid = Grid(rows, columns, Tables(np.ones((1, 1), np.uint8)))
-    top = int(rows.max(initial=0)) + int(columns.max(initial=0)) + 1
-    if top == 1:
-        counts = np.bincount(symbols, minlength=count)[None]
-    else:
-        classes = grid.classes(slice(0, len(rows)), mask).astype(np.int64)
-        counts = np.bincount(classes * count + symbols, minlength=top * count).reshape(top, count)
+            sizes = np.abs(alphabet.values).astype(np.float64)
+            rows, columns = choose_levels(symbols, sizes, mask, _log, steps)
+    counts = class_counts(symbols, (rows, columns), mask, count)
     flat = symbols.size * math.log2(count)
     tables = (
         Tables.of_counts(counts) if entropy_bits(counts) < flat else Tables(np.ones((1, count), np.uint8))
@@ -128,7 +132,11 @@ def coding_of(
     return Coding(alphabet, Grid(rows, columns, tables)), symbols
 
 
-def _logit(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+def _log(means: NDArray[np.float64], mean: float) -> NDArray[np.float64]:
+    return np.log(means + mean / 8 + 1e-9)
+
+
+def _logit(shares: NDArray[np.float64], _: float) -> NDArray[np.float64]:
     inside = np.clip(shares, 1e-3, 1 - 1e-3)
     return np.log(inside / (1 - inside))
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from compress.codec import LayerSpec, decode_network, encode_network, section_sizes, state_size
+from compress.codec import entropy as entropy_module
 from compress.codec import layer as layer_module
-from compress.codec.entropy import AnsReader, AnsWriter, Tables
+from compress.codec.entropy import AnsReader, AnsWriter, Tables, choose_levels, class_counts
 from compress.codec.fields import Reader, Writer, unzigzag, zigzag
 from compress.codec.layer import write_spec
 from compress.codec_bench.peer_nncodec import memory_kib
@@ -203,6 +204,40 @@ def test_parameters_come_back_to_the_bit(values: list[float]) -> None:
 def test_multiples_of_a_power_of_two_take_few_bits() -> None:
     values = np.random.default_rng(0).integers(-200, 201, 1000) / np.float32(4096)
     assert state_size({"bias": values.astype(np.float32)}) <= 1000 * 9 / 8 + 4
+
+
+@pytest.mark.parametrize("cells", [1, 59, 60, 61, 1 << 16])
+def test_counts_and_levels_do_not_depend_on_the_strips(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    mask = rng.random((121, 20)) < 0.7  # strips of 1, 3 and 4 rows, and of all
+    rows, columns = rng.integers(0, 4, 121).astype(np.uint8), rng.integers(0, 3, 20).astype(np.uint8)
+    symbols = np.add.outer(rows, columns)[mask] + rng.integers(0, 2, np.count_nonzero(mask))
+    expected = np.zeros((int(rows.max()) + int(columns.max()) + 1, 7), np.int64)
+    np.add.at(expected, (np.add.outer(rows, columns)[mask], symbols), 1)
+    arguments = symbols, np.arange(7.0), mask, lambda means, _: means, (0.2, 0.5)
+    levels = choose_levels(*arguments)
+    assert levels[0].any()
+    monkeypatch.setattr(entropy_module, "_STRIP_CELLS", cells)
+    assert np.array_equal(class_counts(symbols, (rows, columns), mask, 7), expected)
+    assert all(
+        np.array_equal(found, level) for found, level in zip(choose_levels(*arguments), levels, strict=True)
+    )
+
+
+def test_a_kind_without_a_block_takes_no_memory_when_decoded() -> None:
+    layer = make_layer("fc", 1, 400, 400, (4, 4), (0.5, 0.5, 0), 8)
+    content = encode_network(*network_of(layer), {})
+    tracemalloc.start()
+    try:
+        decoded = decode_network(content).layers["fc"].weights
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert not decoded.dense.any()
+    assert decoded.dense.shape == (1, 400, 400)
+    assert (
+        held < 1.3 * 400 * 400
+    )  # the signs, a byte each, and types and magnitudes of a sixteenth as many blocks
 
 
 def test_sizes_add_up() -> None:
