@@ -325,7 +325,7 @@ def _multiples(
     integers: NDArray[np.integer], unit: float, step: float, bounds: tuple[int, int]
 ) -> NDArray[Any]:
     """Integers of one unit as the nearest ones of another, of the same dtype; a part at a time, since parts are float64."""
-    rounded = np.empty_like(integers)
+    rounded = np.empty(integers.shape, integers.dtype)
     for part, target in zip(_parts(integers), _parts(rounded), strict=True):
         target[...] = np.rint(part * unit / step).clip(*bounds)
     return rounded

@@ -3,7 +3,7 @@
 from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
-    "LayerError": "compress.one_shot.network",
+    "LayerError": "compress.one_shot.state",
     "OneShotRecipe": "compress.one_shot.recipe",
     "OneShotResult": "compress.one_shot.network",
     "one_shot": "compress.one_shot.network",

@@ -19,7 +19,7 @@ from compress.one_shot.observe import Observed, Observer, Step, execution
 from compress.one_shot.quadratic import Quadratic
 from compress.one_shot.recipe import OneShotRecipe
 from compress.one_shot.solver import projected, quantized, solve
-from compress.one_shot.state import LayerFiles, surroundings
+from compress.one_shot.state import LayerError, LayerFiles, surroundings
 from compress.one_shot.steps import least_steps
 from compress.permute import Permutation, output_tensors, permute_channels
 from compress.quantize import dequantize
@@ -29,7 +29,7 @@ from compress.run_state import digest
 from compress.shapes import evaluation_mode
 from hwsim.errors import InputError, Problem
 
-__all__ = ["LayerError", "OneShotProgress", "OneShotResult", "one_shot"]
+__all__ = ["OneShotProgress", "OneShotResult", "one_shot"]
 
 VARIANCE_RATIOS = (0.25, 4.0)
 """Least and greatest factor of a variance: beyond, a channel has lost what it carried."""
@@ -49,33 +49,6 @@ class OneShotProgress:
     layer: str
     number: int
     layers: int
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """How well the outputs of a layer are kept on the calibration inputs.
-
-    Attributes
-    ----------
-    layer : str
-    projected_percent, reached_percent : float
-        Squared error of the outputs as a share of their energy, with the plain projection of the original weights and with what
-        was found (integers). Against the layer's target; the damping counts as inputs.
-    iterations : int
-        Of ADMM.
-    is_settled : bool
-        Whether types and signs had come to rest.
-    is_fitted : bool
-        False where the plain projection was taken, since with it the network's outputs are nearer to the original ones on the
-        inputs that were held out.
-    """
-
-    layer: str
-    projected_percent: float
-    reached_percent: float
-    iterations: int
-    is_settled: bool
-    is_fitted: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,37 @@ from compress.run_state import differences
 from hwsim.errors import FormatError, InputError, Problem
 from hwsim.layer import QuantizedWeights
 
-if TYPE_CHECKING:
-    from compress.one_shot.network import LayerError
-
-__all__ = ["LayerFiles", "surroundings"]
+__all__ = ["LayerError", "LayerFiles", "surroundings"]
 
 FORMAT, VERSION = "hwsim-one-shot-layer", 1
 _INTEGERS = ("dense", "signs", "magnitudes")
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How well the outputs of a layer are kept on the calibration inputs.
+
+    Attributes
+    ----------
+    layer : str
+    projected_percent, reached_percent : float
+        Squared error of the outputs as a share of their energy, with the plain projection of the original weights and with what
+        was found (integers). Against the layer's target; the damping counts as inputs.
+    iterations : int
+        Of ADMM.
+    is_settled : bool
+        Whether types and signs had come to rest.
+    is_fitted : bool
+        False where the plain projection was taken, since with it the network's outputs are nearer to the original ones on the
+        inputs that were held out.
+    """
+
+    layer: str
+    projected_percent: float
+    reached_percent: float
+    iterations: int
+    is_settled: bool
+    is_fitted: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +106,6 @@ class LayerFiles:
         InputError
             Of another run: all that differs is named.
         """
-        from compress.one_shot.network import LayerError
-
         if self.folder is None or not self._path(number).exists():
             return None
         path = self._path(number)
