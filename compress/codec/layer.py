@@ -92,8 +92,9 @@ class LayerSpec:
         (m, k), (g_o, g_k) = self.matrix, self.block
         within = np.arange(block_rows.start, block_rows.stop) % self.block_grid[0]
         heights = np.minimum(m - within * g_o, g_o)
-        rows = blocks.repeat(g_o, axis=0) if (heights == g_o).all() else blocks.repeat(heights, axis=0)
-        return rows.repeat(g_k, axis=1)[:, :k]
+        # Columns first, while there is one row per block: rows are then copied whole.
+        rows = blocks.repeat(g_k, axis=1)[:, :k]
+        return rows.repeat(g_o if (heights == g_o).all() else heights, axis=0)
 
 
 def spec_of(layer: CompressedLayer, weight_shape: tuple[int, ...]) -> LayerSpec:
@@ -441,13 +442,14 @@ def _decode_group(
         found = _take(ans, header.codings["dense"], rows, mask, int(np.count_nonzero(mask)))
         streams.dense[rows][mask] = found
     ans.end()
-    signed = spec.expand(unified if header.zero_signs else unified & (magnitudes > 0), block_rows)
-    count = int(np.count_nonzero(signed))
+    signed = unified if header.zero_signs else unified & (magnitudes > 0)
+    is_signed = spec.expand(signed, block_rows) if signed.any() else np.zeros(0, np.bool_)
+    count = int(np.count_nonzero(is_signed))
     if len(packed_signs) != -(-count // 8):
         message = f"{len(packed_signs)} bytes of signs, {count} weights have one: damaged"
         raise FormatError(ans.source, Problem("sign", message))
     if count:
-        streams.signs[rows][signed] = np.unpackbits(packed_signs, count=count, bitorder="little")
+        streams.signs[rows][is_signed] = np.unpackbits(packed_signs, count=count, bitorder="little")
 
 
 def _take(
