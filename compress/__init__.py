@@ -26,7 +26,7 @@ _EXPORTS = {
     "Progress": "compress.fit",
     "Recipe": "compress.rules",
     "Rule": "compress.rules",
-    "allocate": "compress.allocate",
+    "allocate": "compress.allocation",
     "check_invariants": "compress.retrain",
     "build": "compress.zoo",
     "coarsen_within": "compress.rate_distortion",

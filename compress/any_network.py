@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.allocate import AllocationMethod, allocate
+from compress.allocation import AllocationMethod, allocate
 from compress.artifact import Artifact
 from compress.budget import Budget, as_budget
 from compress.file_budget import within_file_bytes, within_measured
@@ -72,7 +72,7 @@ def compress_network(
     network : str
         Name in the zoo; empty for a network of the user's own.
     allocation : {"uniform", "erdos-renyi", "magnitude", "hessian"}, optional
-        How the ratios are spread over the layers, or by what a budget weighs blocks (`compress.allocate.allocate`).
+        How the ratios are spread over the layers, or by what a budget weighs blocks (`compress.allocation.allocate`).
     budget : Budget or str, optional
         In place of ratios, such as ``"file_bytes=2000000"``; in one shot only. The network is compressed a few times until the
         written file, or the machine with the final types, keeps it.

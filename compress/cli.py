@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from compress.allocate import AllocationMethod
+    from compress.allocation import AllocationMethod
     from compress.data import Dataset
     from compress.fit import Progress
     from compress.loop import Precision
@@ -263,8 +263,9 @@ def compress(
 ) -> None:
     """Compress MODEL, a file of `hwsim train`, into blocks: ADMM, projection, masked retraining, integers. Or in one shot.
 
-    An ONNX file, or a network whose weights a package brings (`hwsim models`), is compressed in one shot: with --inputs fitted
-    to what the original gives on them, without them projected as it is.
+    An ONNX file, or a network whose weights a package brings (`hwsim models`), is compressed without training: --inputs
+    calibrates the activations, and with --one-shot layers are fitted to what the original gives on them; otherwise its weights
+    are projected as they are.
 
     First and last layer stay dense unless --all-layers or a rule of --config says otherwise. The file holds the integers,
     how they were made, and the accuracy of the float network and of the 8-bit machine.

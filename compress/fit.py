@@ -245,7 +245,7 @@ def compress(
         inside a network in training mode stay in it, so that frozen normalisation keeps its statistics; where the network
         itself is in evaluation mode, all of it trains. Afterwards every module is in the mode that it came in.
     config : CompressionConfig or Plan
-        A plan for this very model, such as `compress.allocate.allocate` gives.
+        A plan for this very model, such as `compress.allocation.allocate` gives.
     train_data : tuple of two Tensors, or an iterable of batches with a length
         ``(inputs, targets)``, shuffled into minibatches of ``recipe.batch_size``; or such as a DataLoader.
     recipe : Recipe, optional
@@ -262,7 +262,7 @@ def compress(
         it comes from torch's global generator or from the ``generator`` of a DataLoader.
     adjust : callable, optional
         Called with the projected network, the plan and the types; gives the types that are retrained, such as
-        `compress.allocate.keep_within` does.
+        `compress.allocation.keep_within` does.
 
     Raises
     ------

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from compress import zoo
-from compress.allocate import AllocationMethod, allocate, budget_spent, keep_within
+from compress.allocation import AllocationMethod, allocate, budget_spent, keep_within
 from compress.artifact import Artifact, DatasetNote
 from compress.budget import Budget, as_budget
 from compress.data import Dataset, balanced_subset
@@ -65,7 +65,7 @@ def compress_checkpoint(
     allocation : str, optional
     budget : Budget or str, optional
     blocks : sequence of (int, int)
-        How block types are dealt out over the layers: see `compress.allocate.allocate`.
+        How block types are dealt out over the layers: see `compress.allocation.allocate`.
     activation_bits, accumulator_bits : int
         Of the integer model.
     calibration_images : int

@@ -271,7 +271,7 @@ class PlannedLayer:
     exempt : bool
     counts : tuple of int
         ``(P, U)``: blocks to prune and to unify. They follow from the ratios of the settings, or an allocation chose them
-        (`compress.allocate`).
+        (`compress.allocation`).
     """
 
     name: str

@@ -132,7 +132,7 @@ def query(results: Path, sql: str, form: str) -> None:
     type=_FOLDER,
     help="Folder of the results; by default results/demo, with --quick results/demo-quick.",
 )
-@click.option("--quick", is_flag=True, help="Fewer images, epochs and configurations: under three minutes.")
+@click.option("--quick", is_flag=True, help="Fewer images, epochs and configurations: about two minutes.")
 @click.option("--workers", type=click.IntRange(1), help="Processes that train; by default one per processor.")
 def demo(out: Path | None, quick: bool, workers: int | None) -> None:
     """Train LeNet-5 on Fashion-MNIST, compress it at several block shapes and ratios, simulate, plot and report.

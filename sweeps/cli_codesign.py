@@ -104,7 +104,7 @@ def codesign(
     "budgets",
     multiple=True,
     metavar="NAME=LIMIT",
-    default=("latency_us=5", "latency_us=4.2", "latency_us=6.5", "latency_us=8"),
+    default=("latency_us=5", "latency_us=6.5", "latency_us=8"),
     show_default=True,
     help="Repeat it; run in this order.",
 )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.allocate import erdos_renyi_densities
+from compress.allocation import erdos_renyi_densities
 from compress.blocks import block_sums, real_entries, weight_to_matrix
 from compress.curvature import Curvature
 from compress.layers import CompressedLayer
@@ -97,7 +97,7 @@ class Rounding:
 
 
 def densities(shapes: Mapping[str, tuple[int, ...]], kept: float) -> dict[str, float]:
-    """Share of kept weights per layer by `compress.allocate.erdos_renyi_densities`, to six digits.
+    """Share of kept weights per layer by `compress.allocation.erdos_renyi_densities`, to six digits.
 
     >>> densities({"a": (2, 2), "b": (100, 100)}, 0.1)
     {'a': 1.0, 'b': 0.09964}

@@ -100,7 +100,7 @@ def one_shot(
         A few hundred samples of what the network will see. Fewer positions than a layer has inputs are made up for by the
         damping.
     config : CompressionConfig or Plan
-        A plan for this very model, such as `compress.allocate.allocate` gives. Its counts are met exactly.
+        A plan for this very model, such as `compress.allocation.allocate` gives. Its counts are met exactly.
     recipe : OneShotRecipe, optional
     evaluate : callable, optional
         ``evaluate(model)``, called in evaluation mode before and after.

@@ -8,10 +8,10 @@ from __future__ import annotations
 from hwsim.lazy import lazy_exports
 
 _EXPORTS = {
-    "Alternation": "sweeps.codesign.alternate",
+    "Alternation": "sweeps.codesign.alternation",
     "CoDesignSpace": "sweeps.codesign.settings",
     "Goal": "sweeps.codesign.settings",
-    "alternate": "sweeps.codesign.alternate",
+    "alternate": "sweeps.codesign.alternation",
     "codesign": "sweeps.codesign.run",
     "load_codesign_space": "sweeps.codesign.settings",
     "parse_goal": "sweeps.codesign.settings",

@@ -26,7 +26,7 @@ from hwsim.files import write_atomically
 from hwsim.machine import Machine, load_machine
 from hwsim.report import Report, package_versions
 from hwsim.version import MODEL_VERSION
-from sweeps.codesign.alternate import (
+from sweeps.codesign.alternation import (
     Alternation,
     Bench,
     Network,

@@ -39,7 +39,7 @@ GoalQuantity = Literal["latency_us", "latency_cycles", "energy_pj", "image_bytes
 GOALS: tuple[GoalQuantity, ...] = get_args(GoalQuantity)
 
 Weighing = Literal["magnitude", "fisher", "hessian"]
-"""By what the energy of a block is weighted; see `compress.allocate.allocate`."""
+"""By what the energy of a block is weighted; see `compress.allocation.allocate`."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from compress.admm import project_layer
 from compress.rules import CompressionConfig, Plan, plan_layers
 from hwsim.errors import InputError, Problem
 from hwsim.machine import Machine
-from sweeps.codesign.alternate import Bench, Figures, Network, cheapest
+from sweeps.codesign.alternation import Bench, Figures, Network, cheapest
 from sweeps.codesign.settings import CoDesignSpace, Goal
 
 __all__ = ["UniformChoice", "best_uniform"]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import compress as compress_package
-from compress.allocate import allocate, keep_within
+from compress.allocation import allocate, keep_within
 from compress.artifact import Artifact, load_artifact, save_artifact
 from compress.budget import Budget, as_budget
 from compress.container import package_versions, read_container, write_container

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.allocate import AllocationMethod, allocate
+from compress.allocation import AllocationMethod, allocate
 from compress.artifact import load_artifact, save_artifact
 from compress.fit import Progress
 from compress.one_shot import OneShotRecipe, one_shot

@@ -386,7 +386,7 @@ def _epochs(training: Training) -> str:
 
 def _ablation(runs: Sequence[Run], results: Iterable[Result]) -> Iterator[str]:
     yield (
-        "LeNet-5, 4×4 blocks, budget of bytes, three paired seeds, the same bytes of the file throughout; "
+        "LeNet-5, 4×4 blocks, budget of bytes, three paired seeds, at most the same bytes of the file throughout; "
         "the full method with one part taken "
         "out. A negative difference is what the part contributes; where the interval holds 0, nothing is shown."
     )

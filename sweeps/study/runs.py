@@ -137,7 +137,7 @@ class Run:
     pruned, unified : float
         Shares of blocks.
     allocation : str
-        How ratios are spread over the layers (`compress.allocate`); empty: the same in every layer.
+        How ratios are spread over the layers (`compress.allocation`); empty: the same in every layer.
     budget : str
         In place of ratios, such as ``"file_bytes=30000"``.
     permute : bool

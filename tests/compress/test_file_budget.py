@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compress import file_budget
-from compress.allocate import allocate
+from compress.allocation import allocate
 from compress.artifact import Artifact, artifact_size
 from compress.budget import Budget, FileRates, LayerRates, file_bytes, parse_budget
 from compress.file_budget import compress_within, file_rates, within_file_bytes

@@ -21,8 +21,8 @@ from hwsim import simulate
 from hwsim.cli import cli
 from hwsim.errors import FormatError, InputError
 from hwsim.machine import Machine, load_machine, preset_names
-from sweeps.codesign import alternate as alternation
-from sweeps.codesign.alternate import Bench, Network, Step, alternate, cheapest, exhaustive
+from sweeps.codesign import alternation
+from sweeps.codesign.alternation import Bench, Network, Step, alternate, cheapest, exhaustive
 from sweeps.codesign.compare import paired, speed_ups
 from sweeps.codesign.folder import machine_toml, read_json
 from sweeps.codesign.page import load_study, write_page

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import nn
 
-from compress import allocate as module
+from compress import allocation as module
 from compress.admm import ADMM
-from compress.allocate import allocate, budget_spent, erdos_renyi_densities, keep_within
+from compress.allocation import allocate, budget_spent, erdos_renyi_densities, keep_within
 from compress.budget import Budget, file_bytes, parse_budget
 from compress.fill import LayerOption, UnreachableError, least_damage, option_of
 from compress.rules import CompressionConfig, plan_layers

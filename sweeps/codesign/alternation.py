@@ -1,6 +1,6 @@
 """The alternation: the best plan for a machine, the best machine for that plan, until neither changes.
 
-On one machine `compress.allocate.allocate` deals out block types and shapes at the least damage ``Σ −ln(share of energy kept)``
+On one machine `compress.allocation.allocate` deals out block types and shapes at the least damage ``Σ −ln(energy kept)``
 that the goal pays for. For that plan every machine of the space is simulated, and the one that spends least takes over; what it
 saves, the next plan spends. A plan follows from its machine alone, so a machine that comes back is a fixed point or a cycle.
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress.admm import project_layer
-from compress.allocate import allocate
+from compress.allocation import allocate
 from compress.rules import CompressionConfig, Plan, plan_layers
 from compress.shapes import layer_shapes, module_name
 from hwsim.errors import FitError, InputError, Problem
