@@ -57,6 +57,8 @@ class DecodedNetwork:
     Attributes
     ----------
     layers : dict of str to CompressedLayer
+        Dense weights of a layer without DENSE blocks, and signs of one without UNIFIED blocks, are a single 0 in memory that
+        stands for all; they cannot be written to.
     weight_shapes : dict of str to tuple of int
     state : dict of str to array
     """
