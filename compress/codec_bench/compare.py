@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress import zoo
 from compress.codec import encode_network
+from compress.codec.network import PRESETS
 from compress.codec_bench import worker
 from compress.codec_bench.networks import (
     EXACT_BITS,
@@ -64,7 +65,8 @@ MARGIN_POINTS = 1.0
 
 MULTIPLIERS = tuple(2.5e-10 * 2.0**i for i in range(13))
 VALIDATION_IMAGES, CALIBRATION_IMAGES = 5000, 2048
-REPEATS = 3
+REPEATS, REPEATS_ERROR = 9, 3
+"""Times that each is encoded and decoded for the medians of its seconds: networks of milliseconds, and of seconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,7 @@ def _best_of_nncodec(
     python: Path, problem: Problem, model: nn.Module, images: _Images, least: float, folder: Path
 ) -> dict[str, Any]:
     """NNCodec at every qp, and its smallest file that is good enough on the validation images."""
-    points = run_nncodec(python, problem.weights(), QP_ACCURACY, folder, REPEATS)
+    points = run_nncodec(python, problem.weights(), QP_ACCURACY, folder)
     decoded = copy.deepcopy(model)
     for point in points:
         with np.load(folder / f"qp{point['qp']}.npz", allow_pickle=False) as stored:
@@ -225,7 +227,8 @@ def _best_of_nncodec(
     with np.load(folder / f"qp{chosen['qp']}.npz", allow_pickle=False) as stored:
         decoded.load_state_dict({key: torch.from_numpy(stored[key]) for key in stored.files})
     chosen["accuracy"] = _percent(decoded, images.test)
-    return {"chosen": chosen, "points": points}
+    measured = run_nncodec(python, problem.weights(), (chosen["qp"],), folder, REPEATS)
+    return {"chosen": chosen | measured[0], "points": points}
 
 
 def step_of(qp: int) -> float:
@@ -326,7 +329,7 @@ def _error_rows(
         folder = Path(name)
         points: list[dict[str, Any]] = [{"qp": qp} for qp in QP_ERROR]
         if nncodec is not None:
-            points = run_nncodec(nncodec, given, QP_ERROR, folder)
+            points = [run_nncodec(nncodec, given, (qp,), folder, REPEATS_ERROR)[0] for qp in QP_ERROR]
         for point in points:
             row: dict[str, Any] = {
                 "network": package,
@@ -341,7 +344,7 @@ def _error_rows(
                 row["nncodec"] = {"chosen": point}
             found = _at_least(problem, given, target)
             rounding = Rounding("loss and rate", found["multiplier"])
-            measured = _measure_ours(problem, rounding, EXACT_BITS, 1, folder)
+            measured = _measure_ours(problem, rounding, EXACT_BITS, REPEATS_ERROR, folder)
             row["ours"] = found | measured
             rows.append(row)
     return rows
@@ -387,7 +390,7 @@ def _at_least(problem: Problem, given: dict[str, np.ndarray], target_db: float) 
 def _measure_ours(
     problem: Problem, rounding: Rounding, bits: int, repeats: int, folder: Path
 ) -> dict[str, Any]:
-    """Both presets, measured in a process of its own."""
+    """Both presets, each measured in a process of its own."""
     save_problem(folder / "problem.npz", problem)
     job = {
         "problem": str(folder / "problem.npz"),
@@ -395,5 +398,5 @@ def _measure_ours(
         "bits": bits,
         "repeats": repeats,
     }
-    results = in_process([sys.executable, "-m", worker.__name__], job, folder)
-    return {result.pop("preset"): result for result in results}
+    command = [sys.executable, "-m", worker.__name__]
+    return {preset: in_process(command, job | {"preset": preset}, folder) for preset in PRESETS}

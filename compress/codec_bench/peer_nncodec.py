@@ -67,13 +67,15 @@ def memory_kib(field: str) -> int:
 
 
 def run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Encode and decode at every qp of a job; gives one result each."""
+    """Encode and decode at every qp of a job; gives one result each.
+
+    The peak of memory is that of a qp alone only where the job has no other: what was freed stays with the process.
+    """
     sys.meta_path.insert(0, _Finder())
     import nncodec.nn
     import numpy as np
 
     imports_kib = memory_kib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     with np.load(job["weights"]) as stored:
         weights = {name: stored[name] for name in stored.files}
     results = []
@@ -81,7 +83,9 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
         settings = {"use_dq": False, "verbose": False, "results": folder}
         for qp in job["qp"]:
             encode_s, decode_s = [], []
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
             for _ in range(job["repeats"]):
+                stream, decoded = b"", {}  # not those of the turn before beside the new ones
                 start = time.process_time()
                 with contextlib.redirect_stdout(io.StringIO()):
                     stream = nncodec.nn.encode(dict(weights), settings | {"qp": qp})
@@ -90,8 +94,8 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
                 with contextlib.redirect_stdout(io.StringIO()):
                     decoded = nncodec.nn.decode(stream)
                 decode_s.append(time.process_time() - start)
-            np.savez(Path(job["decoded"]) / f"qp{qp}.npz", **decoded)
             peak_kib = memory_kib("VmHWM") - imports_kib
+            np.savez(Path(job["decoded"]) / f"qp{qp}.npz", **decoded)
             results.append(
                 {
                     "qp": qp,

@@ -50,10 +50,11 @@ def run_nncodec(
         "repeats": repeats,
         "decoded": str(folder),
     }
-    return in_process([str(python), str(peer_nncodec.__file__)], job, folder)
+    results: list[dict[str, Any]] = in_process([str(python), str(peer_nncodec.__file__)], job, folder)
+    return results
 
 
-def in_process(command: list[str], job: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def in_process(command: list[str], job: dict[str, Any], folder: Path) -> Any:
     """What a command writes beside the file of its job.
 
     Raises
@@ -69,6 +70,6 @@ def in_process(command: list[str], job: dict[str, Any], folder: Path) -> list[di
     if done.returncode or not result.exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(" ".join(command[:2]), f"failed with exit code {done.returncode}: {last}")
-    outcome: list[dict[str, Any]] = json.loads(result.read_text())
+    outcome = json.loads(result.read_text())
     result.unlink()
     return outcome

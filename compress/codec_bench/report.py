@@ -12,7 +12,7 @@ COLUMNS = ("network", "weights", "coder", "bytes", "quality", "enc MB/s", "dec M
 
 
 def markdown(document: dict[str, Any]) -> str:
-    """Rows of NNCodec and of ours, one under the other."""
+    """The weights as given, NNCodec and ours, one under the other."""
     lines = [" | ".join(("", *COLUMNS, "")).strip(), "|" + "---|" * len(COLUMNS)]
     for row in document["rows"]:
         lines += [" | ".join(("", *cells, "")).strip() for cells in _cells(row)]
@@ -21,7 +21,11 @@ def markdown(document: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> list[tuple[str, ...]]:
     first = (row["network"], row["weights"])
-    found = []
+    found: list[tuple[str, ...]] = []
+    if "given" in row:
+        found.append(
+            (*first, "as given, fp32", f"{row['fp32_bytes']:,}", f"{row['given']:.2f} %", "", "", "")
+        )
     if "nncodec" in row:
         chosen = row["nncodec"]["chosen"]
         found.append((*first, f"NNCodec, qp {chosen['qp']}", *_figures(row, chosen, chosen)))

@@ -33,8 +33,8 @@ class _Coarse(Mapping[str, "CompressedLayer"]):
         return len(self._problem.layers)
 
 
-def run(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Coarsen, encode and decode with every preset of a job; gives one result each."""
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Coarsen, encode and decode with the preset of a job."""
     import torch
 
     from compress.artifact import matrix_to_weight
@@ -45,33 +45,27 @@ def run(job: dict[str, Any]) -> list[dict[str, Any]]:
     imports_kib = memory_kib("VmRSS")
     problem = load_problem(job["problem"])
     coarse = _Coarse(problem, Rounding(**job["rounding"]), job["bits"])
-    results = []
-    for preset in ("small", "fast"):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        encode_s, decode_s = [], []
-        content = b""
-        for _ in range(job["repeats"]):
-            start = time.process_time()
-            content = encode_network(coarse, problem.weight_shapes, problem.state, preset)
-            encode_s.append(time.process_time() - start)
-            start = time.process_time()
-            opened = open_network(content)
-            decoded = {}
-            for name, shape in opened.weight_shapes.items():
-                layer = opened.layer(name)
-                decoded[name] = matrix_to_weight(layer.float_matrix(), shape, layer.column_order)
-            decode_s.append(time.process_time() - start)
-            del opened, decoded, layer
-        results.append(
-            {
-                "preset": preset,
-                "size_bytes": len(content),
-                "encode_s": statistics.median(encode_s),
-                "decode_s": statistics.median(decode_s),
-                "peak_mb": (memory_kib("VmHWM") - imports_kib) * 1024 / 1e6,
-            }
-        )
-    return results
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    encode_s, decode_s = [], []
+    content = b""
+    for _ in range(job["repeats"]):
+        start = time.process_time()
+        content = encode_network(coarse, problem.weight_shapes, problem.state, job["preset"])
+        encode_s.append(time.process_time() - start)
+        start = time.process_time()
+        opened = open_network(content)
+        decoded = {}
+        for name, shape in opened.weight_shapes.items():
+            layer = opened.layer(name)
+            decoded[name] = matrix_to_weight(layer.float_matrix(), shape, layer.column_order)
+        decode_s.append(time.process_time() - start)
+        del opened, decoded, layer
+    return {
+        "size_bytes": len(content),
+        "encode_s": statistics.median(encode_s),
+        "decode_s": statistics.median(decode_s),
+        "peak_mb": (memory_kib("VmHWM") - imports_kib) * 1024 / 1e6,
+    }
 
 
 if __name__ == "__main__":
