@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress.assign import assign_types
 from compress.blocks import real_entries, weight_to_matrix
+from compress.norms import NORMS
 from compress.projection import layer_costs
 from compress.rules import Plan, PlannedLayer, Untreated
 from compress.shapes import evaluation_mode
@@ -129,7 +130,6 @@ _POOLS = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
 )
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ELEMENTWISE_FUNCTIONS = {
     *(torch.relu, functional.relu, functional.relu6, functional.gelu, functional.silu, functional.leaky_relu),
@@ -224,7 +224,7 @@ class _Walk:
             if getattr(module, "return_indices", False):
                 raise _Refused(f"what {name} does with its channels is not known")
             self._follow(node, chain, spread, flat)
-        elif isinstance(module, _NORMS) and module.num_features % channels == 0 and self.calls[name] == 1:
+        elif isinstance(module, NORMS) and module.num_features % channels == 0 and self.calls[name] == 1:
             chain.beside.append((module, module.num_features // channels))
             self._follow(node, chain, spread, flat)
         elif name in self.layers and self.calls[name] == 1:

@@ -10,6 +10,7 @@ Trans. ASSP 37 (1989); uniform grid and rounding by rate: Wiedemann et al., "Dee
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from compress.curvature import Curvature, curvatures
 from compress.layers import CompressedLayer
+from compress.norms import reestimate_norms
 from compress.quantize import dequantize, magnitude_range, weight_range
 from hwsim.errors import InputError, Problem
 from hwsim.layer import DENSE, UNIFIED, QuantizedWeights, expand_blocks
@@ -396,10 +398,12 @@ def coarsen_network(
     layers: Mapping[str, CompressedLayer],
     curvature: Mapping[str, Curvature],
     multiplier: float,
+    inputs: Tensor,
 ) -> dict[str, CompressedLayer]:
-    """`coarsen` for every layer; the weights of the model follow."""
+    """`coarsen` for every layer; the weights of the model follow, and batch normalisation on calibration inputs."""
     coarse = {name: coarsen(layer, curvature[name], multiplier) for name, layer in layers.items()}
     set_weights(model, coarse)
+    reestimate_norms(model, inputs)
     return coarse
 
 
@@ -417,7 +421,8 @@ def coarsen_within(
     Parameters
     ----------
     model : nn.Module
-        In evaluation mode; its weights are those of ``layers``, and follow. Biases of the layers are rounded too.
+        In evaluation mode; its weights are those of ``layers``, and follow, as does batch normalisation
+        (`compress.norms.reestimate_norms`). Biases of the layers are rounded too.
     layers : mapping of str to CompressedLayer
     inputs, labels : Tensor
         Of calibration.
@@ -444,16 +449,15 @@ def coarsen_within(
     round_biases(model, layers)
     allowed = _loss(model, inputs, labels) + max_loss
     low, high = -1, len(MULTIPLIERS)  # the finest is as good as given, beyond the coarsest nothing is
-    best = dict(layers)
+    best, state = dict(layers), copy.deepcopy(model.state_dict())
     while high - low > 1:
         middle = (low + high) // 2
-        tried = {name: coarsen(layer, curvature[name], MULTIPLIERS[middle]) for name, layer in layers.items()}
-        set_weights(model, tried)
+        tried = coarsen_network(model, layers, curvature, MULTIPLIERS[middle], inputs)
         if _loss(model, inputs, labels) <= allowed:
-            low, best = middle, tried
+            low, best, state = middle, tried, copy.deepcopy(model.state_dict())
         else:
             high = middle
-    set_weights(model, best)
+    model.load_state_dict(state)
     return best, MULTIPLIERS[low] if low >= 0 else 0.0
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from compress.artifact import Activations, integer_weight
 from compress.curvature import listening
 from compress.integer.arithmetic import make_requantizer
-from compress.integer.graph import NORMS, Graph, surroundings_of, traced_graph
+from compress.integer.graph import Graph, surroundings_of, traced_graph
 from compress.integer.model import IntegerModel
 from compress.layers import CompressedLayer
+from compress.norms import NORMS
 from hwsim.errors import InputError, Problem, nearest_name
 from hwsim.layer import Requantizer
 

@@ -11,10 +11,11 @@ import torch.fx
 from torch import nn
 from torch.nn import functional
 
+from compress.norms import NORMS
 from compress.plain.convolution import Interleave, Pad
 from compress.plain.ties import TiedEmbedding
 
-__all__ = ["NORMS", "Graph", "Surroundings", "is_size", "surroundings_of", "traced_graph"]
+__all__ = ["Graph", "Surroundings", "is_size", "surroundings_of", "traced_graph"]
 
 Nonlinearity = Literal["none", "relu", "relu6"]
 
@@ -79,7 +80,6 @@ _SCALE_FREE_FUNCTIONS = {
     *(torch.flatten, torch.reshape, torch.squeeze, torch.unsqueeze, torch.permute, torch.transpose),
     *(functional.relu, torch.relu),
 }
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Graph:

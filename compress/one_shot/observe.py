@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.curvature import Moments, column_permutation, in_chunks, is_observable, listening
+from compress.norms import NORMS
 from compress.rules import Plan, PlannedLayer
 from hwsim.errors import InputError, Problem
 
@@ -40,9 +41,6 @@ class Step:
     source: tuple[int, int] | None = None
 
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 def execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[Step]:
     """The layers in order of their first use; those that do not run, or cannot be observed, come last."""
     uses: dict[str, int] = {}
@@ -51,14 +49,14 @@ def execution(model: nn.Module, plan: Plan, sample: Tensor) -> list[Step]:
     # Held, so that no other tensor gets the identity of one; the version tells what was changed in place.
     sources: dict[str, list[tuple[Tensor, int]]] = {}
     seen = {layer.name: layer.module for layer in plan.layers if is_observable(layer.module)}
-    followers = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
+    followers = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
 
     def ran(name: str, module: nn.Module, inputs: Tensor, out: Tensor) -> None:
         if name in seen and module is seen[name]:
             uses[name] = uses.get(name, 0) + 1
             outputs.append((name, out))
             sources.setdefault(name, []).append((inputs, inputs._version))
-        elif isinstance(module, _NORMS) and module.track_running_stats:
+        elif isinstance(module, NORMS) and module.track_running_stats:
             norms.update({layer: module for layer, held in outputs if held is inputs})
 
     with listening(seen | followers, ran):

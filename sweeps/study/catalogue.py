@@ -23,7 +23,7 @@ LONGER = replace(LENET5, admm_epochs=8, retrain_epochs=16)
 RESNET20 = Training(dense_epochs=6, admm_epochs=2, retrain_epochs=4, max_loss=0.01, precision="bf16")
 AUTOENCODER = Training(dense_epochs=6, admm_epochs=3, retrain_epochs=5, distill=0.0, precision="bf16")
 CREPE = Training(
-    dense_epochs=3, admm_epochs=2, retrain_epochs=4, distill=0.0, lr=5e-4, lr_dense=5e-4, precision="bf16"
+    dense_epochs=3, admm_epochs=2, retrain_epochs=4, distill=0.0, lr=1e-3, lr_dense=5e-4, precision="bf16"
 )
 
 # Pruned shares for both points, from short runs: the target is then met by mild rounding.
@@ -119,7 +119,7 @@ def _resnet20(seed: int) -> Iterator[Run]:
     yield run("start")
     yield run("dense")
     yield run("joint", 20, pruned=0.3, unified=0.7)
-    yield run("budget", 20, budget="file_bytes=80000", permute=True)
+    yield run("budget", 20, budget="file_bytes=66000", permute=True)
     yield run("budget", 40, budget="file_bytes=36000", permute=True)
     if seed == 0:
         yield _exactly_8_bits(run("int8"))

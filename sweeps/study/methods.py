@@ -450,12 +450,12 @@ def _coarser(
     low, high = -1, len(MULTIPLIERS) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        tried = coarsen_network(model, layers, curvature, MULTIPLIERS[middle])
+        tried = coarsen_network(model, layers, curvature, MULTIPLIERS[middle], inputs)
         if save_artifact(path, pack(layers=tried)) <= run.target_bytes:
             high = middle
         else:
             low = middle
-    return coarsen_network(model, layers, curvature, MULTIPLIERS[high]), MULTIPLIERS[high]
+    return coarsen_network(model, layers, curvature, MULTIPLIERS[high], inputs), MULTIPLIERS[high]
 
 
 def _relative(layer: CompressedLayer) -> Curvature:

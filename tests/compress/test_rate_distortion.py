@@ -205,7 +205,7 @@ def test_refitted_biases_lower_the_loss_and_leave_the_weights() -> None:
     model, layers, inputs, labels = trained()
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in layers}
     curvature = curvatures(model, layers, inputs)
-    coarse = coarsen_network(model, layers, curvature, 3e-3)
+    coarse = coarsen_network(model, layers, curvature, 3e-3, inputs)
     before = loss_of(model, inputs, labels)
     refit_biases(model, coarse, inputs, labels, epochs=10, lr=0.02)
     assert loss_of(model, inputs, labels) < before
