@@ -84,7 +84,12 @@ def trained() -> tuple[nn.Module, dict[str, CompressedLayer], Tensor, Tensor]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 8))
         config = CompressionConfig(block=(2, 2), pruned=0.3, unified=0.3, exempt_first_last=False)
-        result = compress(model, config, (inputs, labels), Recipe(epochs_admm=4, epochs_retrain=20, batch_size=32, lr_retrain=1e-2))
+        result = compress(
+            model,
+            config,
+            (inputs, labels),
+            Recipe(epochs_admm=4, epochs_retrain=20, batch_size=32, lr_retrain=1e-2),
+        )
     return model.eval(), result.layers, inputs, labels
 
 
