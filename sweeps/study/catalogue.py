@@ -120,7 +120,7 @@ def _resnet20(seed: int) -> Iterator[Run]:
     yield run("dense")
     yield run("joint", 20, pruned=0.3, unified=0.7)
     yield run("budget", 20, budget="file_bytes=66000", permute=True)
-    yield run("budget", 40, budget="file_bytes=36000", permute=True)
+    yield run("budget", 40, budget="file_bytes=30000", permute=True)
     if seed == 0:
         yield _exactly_8_bits(run("int8"))
         yield run("unstructured", 20, block=(1, 1), pruned=0.85, allocation="magnitude")
