@@ -35,6 +35,7 @@ def reestimate_norms(model: nn.Module, inputs: Tensor) -> None:
     if not norms or len(inputs) < 2:
         return
     before = [(norm.training, norm.momentum, count.clone()) for norm, count in norms]
+    statistics = [(norm.running_mean.clone(), norm.running_var.clone()) for norm, _ in norms]
     try:
         with evaluation_mode(model), torch.no_grad():
             for norm, _ in norms:
@@ -43,6 +44,11 @@ def reestimate_norms(model: nn.Module, inputs: Tensor) -> None:
                 norm.train()
             for part in inputs.chunk(-(-len(inputs) // BATCH)):
                 model(part)
+    except BaseException:
+        for (norm, _), (mean, variance) in zip(norms, statistics, strict=True):
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        raise
     finally:
         for (norm, count), (training, momentum, batches) in zip(norms, before, strict=True):
             norm.training, norm.momentum = training, momentum

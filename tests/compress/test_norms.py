@@ -53,10 +53,13 @@ def test_what_has_none_or_is_frozen_or_sees_one_input_stays() -> None:
 
 
 def test_they_are_put_back_where_the_network_fails() -> None:
-    norm = nn.BatchNorm1d(6).eval()
+    norm = nn.BatchNorm1d(6)
+    norm(inputs_of(9))
+    state = copy.deepcopy(norm.eval().state_dict())
     with pytest.raises(RuntimeError):
         reestimate_norms(nn.Sequential(norm, nn.Linear(5, 2)), inputs_of(9))
     assert (norm.training, norm.momentum) == (False, 0.1)
+    assert all(torch.equal(values, state[name]) for name, values in norm.state_dict().items())
 
 
 def test_the_scale_and_shift_that_weights_lose_come_back() -> None:
